@@ -1,0 +1,97 @@
+# Everything sets itself up; nothing has to be installed by hand first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+SIM := molecule/simulated_host
+# $(call step,what,command): a person who waits sees a step, and its time.
+step = echo "==> $(1)"; SECONDS=0; $(2); echo "    done in $$SECONDS s"
+# Only these two of the collections in PyPI's `ansible` bundle; all of them
+# would be 290 MB. In site-packages, Ansible, Molecule and ansible-lint find
+# them with no setting.
+COLLECTIONS := community/docker community/library_inventory_filtering_v1
+
+.PHONY: help
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+.PHONY: demo
+demo: machine venv ## Serve on GPU 1 of a simulated GPU host, and show the proof
+	@scripts/demo
+
+.PHONY: test
+test: machine lint types unit scenarios ## Run every check
+
+.PHONY: machine
+machine:
+	@$(SIM)/setup
+
+.PHONY: venv
+venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
+
+.venv/.runtime: requirements/runtime.txt requirements/collections.txt
+	@$(call step,Virtual environment .venv with ansible-core, \
+	  rm -rf .venv; $(PYTHON) -m venv .venv; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt)
+	@$(call step,Collection community.docker, \
+	  mkdir -p .cache; $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	    --dest .cache/wheels -r requirements/collections.txt; \
+	  $(BIN)/python requirements/unpack_collections.py .cache/wheels $(COLLECTIONS))
+	@touch $@
+
+.venv/.dev: .venv/.runtime requirements/dev.txt
+	@$(call step,Tools of the checks, \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt)
+	@touch $@
+
+# The oldest Compose that the requirement names; it reads, it doesn't run.
+.cache/compose-oldest/.done: requirements/compose-oldest.txt
+	@$(call step,Compose 1.28 (the oldest supported one), \
+	  rm -rf $(@D); $(PYTHON) -m venv $(@D); \
+	  $(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<)
+	@touch $@
+
+.PHONY: lint
+lint: .venv/.dev machine ## ansible-lint, yamllint, shellcheck, ruff, docker compose config
+	@$(call step,ruff, $(BIN)/ruff check; $(BIN)/ruff format --check)
+	@$(call step,yamllint, $(BIN)/yamllint --strict .)
+	@$(call step,shellcheck, git ls-files -z -co --exclude-standard | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck)
+	@$(call step,docker compose config, \
+	  DOCKER_CONFIG=.cache/docker docker compose --file docker/docker-compose.serving.yml config --quiet)
+	@$(call step,ansible-lint, PATH="$$PWD/$(BIN):$$PATH" ansible-lint --offline)
+
+.PHONY: types
+types: .venv/.dev ## mypy --strict over all Python
+	@$(call step,mypy, $(BIN)/mypy)
+
+.PHONY: unit
+unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
+	@$(call step,Unit and contract tests, $(BIN)/pytest)
+
+.PHONY: scenarios
+scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU hosts
+	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all)
+	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
+
+.PHONY: lock
+lock: .venv/.dev ## Write the lock files again, with the newest versions
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@cd requirements && for name in runtime dev collections compose-oldest; do \
+	  flags="--universal --python-version 3.11"; \
+	  case $$name in \
+	    dev) flags+=" --constraint runtime.txt" ;; \
+	    collections) flags+=" --no-deps" ;; \
+	    compose-oldest) flags="--python-version 3.11 --python-platform linux --override compose-oldest.override" ;; \
+	  esac; \
+	  ../$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
+	    --custom-compile-command "make lock" $$flags $$name.in --output-file $$name.txt; \
+	done
+
+.PHONY: clean
+clean: ## Remove everything that make has made, and nothing else
+	@$(SIM)/clean
+	@rm -rf .venv .cache .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,299 @@
+#!/usr/bin/python3 -I
+"""The simulated nvidia-smi; see simulated_gpu.py for what it looks at.
+
+Its words, layouts and exit codes are those recorded from the real one
+(driver 580); a call that was never recorded is refused rather than guessed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+sys.path.insert(0, "/usr/local/lib/simulated-gpu")
+
+import simulated_gpu as gpu
+
+# What a card says about itself unless its description says otherwise.
+DEFAULTS = {
+    "compute_mode": "Default",
+    "display_active": "Disabled",
+    "display_mode": "Disabled",
+    "ecc.errors.uncorrected.volatile.total": "[N/A]",
+    "fan.speed": "0",
+    "mig.mode.current": "[N/A]",
+    "mig.mode.pending": "[N/A]",
+    "persistence_mode": "Disabled",
+    "power.draw": "20.00",
+    "power.limit": "[N/A]",
+    "pstate": "P8",
+    "serial": "[N/A]",
+    "temperature.gpu": "35",
+    "utilization.gpu": "0",
+    "utilization.memory": "0",
+}
+COMPUTED: dict[str, Callable[[gpu.Card], object]] = {
+    "index": lambda card: card.index,
+    "count": lambda _: len(gpu.visible_cards()),
+    "timestamp": lambda _: time.strftime("%Y/%m/%d %H:%M:%S.000"),
+    "driver_version": lambda _: gpu.read_json("cards.json")["driver_version"],
+    "memory.used": lambda card: card.used_mib,
+    "memory.free": lambda card: card.usable_mib - card.used_mib,
+}
+GPU_ALIASES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}
+APP_ALIASES = {"name": "process_name", "used_memory": "used_gpu_memory"}
+SHORT = {"-i": "--id", "-d": "--display", "-q": "--query", "-L": "--list-gpus", "-c": "--count"}
+WITH_VALUE = ("--id", "--display", "--query-gpu", "--query-compute-apps", "--format", "--count")
+WITHOUT_VALUE = ("--query", "--list-gpus", "pmon")
+APP_FIELDS = (
+    "timestamp",
+    "gpu_name",
+    "gpu_bus_id",
+    "gpu_serial",
+    "gpu_uuid",
+    "pid",
+    "process_name",
+    "used_gpu_memory",
+)
+
+
+def fail(status: int, text: str) -> NoReturn:
+    """End as the real one does: its errors go to standard output too."""
+    print(text)
+    sys.exit(status)
+
+
+def unit(field: str) -> str:
+    """Return the unit of a field's numbers, empty for none."""
+    if field.startswith("memory.") or field == "used_gpu_memory":
+        return "MiB"
+    if field.startswith("utilization.") or field == "fan.speed":
+        return "%"
+    return "W" if field.startswith("power.") else ""
+
+
+def gpu_value(card: gpu.Card, field: str) -> str:
+    """Return what the card answers for a field of --query-gpu."""
+    computed = COMPUTED.get(field)
+    return str(computed(card) if computed else card.properties.get(field, DEFAULTS.get(field, 0)))
+
+
+def app_value(card: gpu.Card, pid: int, mib: int, field: str) -> str:
+    """Return the answer for a field of --query-compute-apps."""
+    if field == "pid":
+        return str(pid)
+    if field == "process_name":
+        return gpu.process_name(pid)
+    if field == "used_gpu_memory":
+        return str(mib)
+    if field.startswith("gpu_"):
+        return gpu_value(card, GPU_ALIASES.get(field, field.removeprefix("gpu_")))
+    return gpu_value(card, field)
+
+
+def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> None:
+    """Print the answers in the form of --format."""
+    units = "nounits" not in formats
+    if "noheader" not in formats:
+        print(", ".join(f"{f} [{unit(f)}]" if units and unit(f) else f for f in fields))
+    for row in rows:
+        print(
+            ", ".join(
+                f"{value} {unit(field)}" if units and unit(field) and value != "[N/A]" else value
+                for field, value in zip(fields, row, strict=True)
+            )
+        )
+
+
+def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool) -> None:
+    """Answer --query-gpu and --query-compute-apps."""
+    aliases = APP_ALIASES if apps else GPU_ALIASES
+    fields = [aliases.get(field.strip(), field.strip()) for field in wanted.split(",")]
+    known = {*COMPUTED, *DEFAULTS, *(key for card in cards for key in card.properties)}
+    for field in fields:
+        if field not in (APP_FIELDS if apps else known):
+            fail(2, f'Field "{field}" is not a valid field to query.\n')
+    if apps:
+        rows = [
+            [app_value(card, pid, mib, field) for field in fields]
+            for card in cards
+            for pid, mib in gpu.processes(card).items()
+        ]
+    else:
+        rows = [[gpu_value(card, field) for field in fields] for card in cards]
+    print_csv(rows, fields, formats)
+
+
+def short(text: str, width: int) -> str:
+    """Keep the end of a name that is too long for its column."""
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+def plain(value: str) -> str:
+    """Return a value as the tables show it, without the query's brackets."""
+    return value.strip("[]")
+
+
+def table(cards: list[gpu.Card]) -> None:
+    """Print what nvidia-smi says without arguments."""
+    driver = gpu.read_json("cards.json")
+    version, cuda = driver["driver_version"], driver["cuda_version"]
+    columns = f"+{'-' * 41}+{'-' * 24}+{'-' * 22}+"
+    line = f"+{'-' * 89}+"
+    print(time.strftime("%a %b %d %H:%M:%S %Y       "))
+    print(line)
+    print(f"| NVIDIA-SMI {version:<22} Driver Version: {version:<14} CUDA Version: {cuda:<8} |")
+    print(columns)
+    print("| GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |")
+    print("| Fan  Temp   Perf          Pwr:Usage/Cap |           Memory-Usage | GPU-Util  Compute M. |")
+    print(f"|{'':41}|{'':24}|{'MIG M.':>21} |")
+    print(f"|{'=' * 41}+{'=' * 24}+{'=' * 22}|")
+    for card in cards:
+        value = {name: plain(gpu_value(card, name)) for name in DEFAULTS}
+        on = {"Enabled": "On", "Disabled": "Off"}
+        persistence, display = on[value["persistence_mode"]], on[value["display_active"]]
+        ecc = value["ecc.errors.uncorrected.volatile.total"]
+        fan = value["fan.speed"] if value["fan.speed"] == "N/A" else value["fan.speed"] + "%"
+        power = " / ".join(
+            f"{round(float(value[key])):>4}W" if value[key] != "N/A" else " N/A"
+            for key in ("power.draw", "power.limit")
+        )
+        print(
+            f"| {card.index:>3}  {short(str(card.properties['name']), 31):<31}{persistence:<3} "
+            f"|{card.bus_id:>19} {display:<3} |{ecc:>21} |"
+        )
+        print(
+            f"| {fan:>3} {value['temperature.gpu']:>4}C    {value['pstate']:<3}{power:>23} "
+            f"|{card.used_mib:>8}MiB / {card.total_mib:>6}MiB "
+            f"|{value['utilization.gpu']:>7}% {value['compute_mode']:>12} |"
+        )
+        print(f"|{'':41}|{'':24}|{value['mig.mode.current']:>21} |")
+        print(columns)
+    print()
+    print(line)
+    print(f"| {'Processes:':<88}|")
+    print(f"| {' GPU   GI   CI              PID   Type   Process name':<77}GPU Memory |")
+    print(f"| {'       ID   ID':<77}{'Usage':<10} |")
+    print(f"|{'=' * 89}|")
+    rows = [(card, pid, mib) for card in cards for pid, mib in gpu.processes(card).items()]
+    for card, pid, mib in rows:
+        name = short(gpu.process_name(pid), 38)
+        print(f"|{card.index:>5}   N/A  N/A {pid:>15}      C   {name:<39}{mib:>5}MiB |")
+    if not rows:
+        print(f"|  {'No running processes found':<87}|")
+    print(line)
+
+
+def pids(cards: list[gpu.Card], attached: int) -> None:
+    """Answer -q -d PIDS."""
+    driver = gpu.read_json("cards.json")
+    print("\n==============NVSMI LOG==============\n")
+    print(f"{'Timestamp':<55}: {time.strftime('%a %b %d %H:%M:%S %Y')}")
+    print(f"{'Driver Version':<55}: {driver['driver_version']}")
+    print(f"{'CUDA Version':<55}: {driver['cuda_version']}\n")
+    print(f"{'Attached GPUs':<55}: {attached}")
+    for card in cards:
+        print(f"GPU {card.bus_id}")
+        held = gpu.processes(card)
+        print("    Processes" if held else f"{'    Processes':<55}: None")
+        for pid, mib in held.items():
+            for indent, key, value in (
+                (8, "GPU instance ID", "N/A"),
+                (8, "Compute instance ID", "N/A"),
+                (8, "Process ID", str(pid)),
+                (12, "Type", "C"),
+                (12, "Name", gpu.process_name(pid)),
+                (12, "Used GPU Memory", f"{mib} MiB"),
+            ):
+                print(f"{' ' * indent + key:<42}: {value}")
+        print()
+
+
+def pmon(cards: list[gpu.Card]) -> None:
+    """Answer pmon -c 1."""
+    print("# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command ")
+    print("# Idx           #    C/G      %      %      %      %      %      %    name ")
+    for card in cards:
+        held = gpu.processes(card)
+        for pid in held:
+            name = gpu.process_name(pid).rsplit("/", 1)[-1]
+            print(f"{card.index:>5} {pid:>10}     C      0      0      -      -      -      -    {name:<15}")
+        if not held:
+            print(f"{card.index:>5} {'-':>10}     -{'      -' * 6}    {'-':<15}")
+
+
+def select(cards: list[gpu.Card], wanted: str | None) -> list[gpu.Card]:
+    """Return the cards that -i asks for; there is no answer for those that aren't there."""
+    if wanted is not None:
+        cards = [card for card in cards if any(map(card.is_called, wanted.split(",")))]
+    if not cards:
+        fail(6, "No devices were found")
+    return cards
+
+
+def look_at_driver() -> list[gpu.Card]:
+    """Return the cards, or fail as a driver that doesn't work makes nvidia-smi fail."""
+    if gpu.fault("nvidia_smi") == "hang":
+        while True:
+            time.sleep(3600)
+    state = gpu.fault("driver")
+    if state == "mismatch":
+        fail(18, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.159")
+    if state == "gone" or not gpu.read_json("cards.json"):
+        fail(
+            9,
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
+            "Make sure that the latest NVIDIA driver is installed and running.\n",
+        )
+    try:
+        return gpu.visible_cards()
+    except gpu.LostCardError:
+        fail(255, "Failed to initialize NVML: Unknown Error")
+
+
+def parse(argv: list[str]) -> dict[str, str]:
+    """Read the command line as leniently as the real one does."""
+    options: dict[str, str] = {}
+    arguments = list(argv)
+    while arguments:
+        name, equals, value = arguments.pop(0).partition("=")
+        name = SHORT.get(name, name)
+        if name in WITH_VALUE:
+            if not equals and not arguments:
+                fail(255, f"ERROR: Option {name} is missing its value. Please run 'nvidia-smi -h'.\n")
+            options[name] = value if equals else arguments.pop(0)
+        elif name in WITHOUT_VALUE:
+            options[name] = ""
+        else:
+            fail(255, f"ERROR: Option {name} is not recognized. Please run 'nvidia-smi -h'.\n")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    """Answer one call."""
+    options = parse(argv)
+    attached = look_at_driver()
+    cards = select(attached, options.get("--id"))
+    queries = [name for name in ("--query-gpu", "--query-compute-apps") if name in options]
+    if queries:
+        formats = options.get("--format", "").split(",")
+        if "csv" not in formats:
+            fail(2, '"--format=csv" is required with a query.\n')
+        query(cards, options[queries[0]], formats, apps=queries[0] == "--query-compute-apps")
+    elif "--list-gpus" in options:
+        for card in cards:
+            print(f"GPU {card.index}: {card.properties['name']} (UUID: {card.uuid})")
+    elif "--query" in options:
+        if options.get("--display") != "PIDS":
+            fail(255, "simulated nvidia-smi: of the reports of -q it knows only -d PIDS")
+        pids(cards, len(attached))
+    elif "pmon" in options:
+        pmon(cards)
+    else:
+        table(cards)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

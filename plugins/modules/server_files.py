@@ -1,0 +1,148 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: MIT
+"""Ansible module: write the compose file, `.env` and the referee of the service."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: server_files
+short_description: Write the compose file, .env and the referee of the vLLM service
+description:
+  - Writes the three files of the service where they differ, each one whole or not at all.
+  - An existing C(.env) keeps every key, comment and byte that the role doesn't decide.
+  - No secret shows in the result or in the diff.
+author: vllm_gpu maintainers (@mlops)
+version_added: 0.1.0
+options:
+  wanted:
+    description: What the host should have, as for M(mlops.vllm_gpu.server_info).
+    type: dict
+    required: true
+    suboptions:
+      project_dir:
+        description: Directory of the Compose project on the host.
+        type: path
+        required: true
+      compose:
+        description: Content of the compose file.
+        type: str
+        required: true
+      referee:
+        description: Content of the referee script.
+        type: str
+        required: true
+      env_example:
+        description: Content that a C(.env) starts from where the host has none.
+        type: str
+        required: true
+      env:
+        description: Keys and values of C(.env) that the role decides.
+        type: dict
+        required: true
+      secrets:
+        description: The same for keys whose values may never be shown.
+        type: dict
+        default: {}
+attributes:
+  check_mode:
+    description: Writes nothing and says what it would write.
+    support: full
+  diff_mode:
+    description: Shows what changes; of C(.env) only the keys that the role decides, secrets hidden.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Write the compose file, .env and the referee
+  mlops.vllm_gpu.server_files:
+    wanted: "{{ __vllm_gpu_wanted }}"
+"""
+
+RETURN = r"""
+written:
+  description: Paths of the files that were, or in check mode would be, written.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import os
+import tempfile
+from typing import Any, Dict, Mapping
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server
+
+
+def write(change: server.FileChange) -> None:
+    """Put a file in place whole: a reader, or a crash, sees the old or the new one."""
+    directory = os.path.dirname(change.path)
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".vllm_gpu.", dir=directory)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), change.mode)
+            stream.write(change.after)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, change.path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
+    """Return what a diff may show of `content`.
+
+    Of `.env` that is each key's line, the value only where the role decides it
+    and it is no secret: comments and other keys may hold anything.
+    """
+    if not change.path.endswith("/" + server.ENV_FILE):
+        return content.decode("utf-8", "replace")
+    text = ""
+    for line in dotenv.lines(content):
+        if line.key in wanted["env"]:
+            text += line.text.decode("utf-8", "replace") + "\n"
+        elif line.key:
+            text += line.key + "=(hidden)\n"
+    return text
+
+
+def diff(change: server.FileChange, wanted: Mapping[str, Any]) -> Dict[str, str]:
+    """Return Ansible's diff structure for one file."""
+    return {
+        "before_header": change.path,
+        "after_header": change.path,
+        "before": "" if change.before is None else shown(change, change.before, wanted),
+        "after": shown(change, change.after, wanted),
+    }
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={"wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS}},
+        supports_check_mode=True,
+    )
+    wanted = module.params["wanted"]
+    try:
+        changes = [change for change in server.compare_files(wanted) if change.differs]
+        if not module.check_mode:
+            for change in changes:
+                write(change)
+    except server.Problem as problem:
+        module.fail_json(msg=str(problem))
+    except OSError as error:
+        module.fail_json(
+            msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "
+            "run the play again.".format(error.filename or wanted["project_dir"], error.strerror)
+        )
+    module.exit_json(
+        changed=bool(changes),
+        written=[change.path for change in changes],
+        diff=[diff(change, wanted) for change in changes],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: MIT
+"""Ansible module: one read-only look at a host's GPUs, files and vLLM server."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: server_info
+short_description: Read a host's GPUs and vLLM server, and compare them with what is wanted
+description:
+  - Takes one look at the GPUs, the files of the service, its container and its API,
+    compares them with what is wanted, and says what would change. Writes nothing.
+  - Runs the referee, C(check_gpu_allocation.sh), for everything about GPUs.
+author: vllm_gpu maintainers (@mlops)
+version_added: 0.1.0
+options:
+  gpu_device_id:
+    description:
+      - Index or UUID of the GPU that the server must be on.
+      - When left out, the one that the server's container itself asked for.
+    type: str
+  as_installed:
+    description:
+      - Judge the server by the files that the host has, instead of comparing them with C(wanted).
+    type: bool
+    default: false
+  log_lines:
+    description: How many of the last lines of the container's log to return.
+    type: int
+    default: 0
+  wanted:
+    description: What the host should have; C(roles/vllm_gpu/vars/main.yml) puts it together.
+    type: dict
+    required: true
+    suboptions:
+      project_dir:
+        description: Directory of the Compose project on the host.
+        type: path
+        required: true
+      compose:
+        description: Content of the compose file.
+        type: str
+        required: true
+      referee:
+        description: Content of the referee script.
+        type: str
+        required: true
+      env_example:
+        description: Content that a C(.env) starts from where the host has none.
+        type: str
+        required: true
+      env:
+        description: Keys and values of C(.env) that the role decides.
+        type: dict
+        required: true
+      secrets:
+        description: The same for keys whose values may never be shown.
+        type: dict
+        default: {}
+attributes:
+  check_mode:
+    description: Only reads, in every mode.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Read the host, its GPUs and its server
+  mlops.vllm_gpu.server_info:
+    gpu_device_id: "1"
+    wanted: "{{ __vllm_gpu_wanted }}"
+  register: __vllm_gpu_state
+"""
+
+RETURN = r"""
+problems:
+  description: Reasons not to change anything, each with its cure.
+  returned: always
+  type: list
+  elements: str
+gpus:
+  description: The host's GPUs, as the referee reads them.
+  returned: always
+  type: list
+  elements: dict
+gpu:
+  description: The GPU that C(gpu_device_id) names.
+  returned: always
+  type: dict
+changes:
+  description: What would change, in short sentences.
+  returned: always
+  type: list
+  elements: str
+files_differ:
+  description: Whether a file of the service is not as wanted.
+  returned: always
+  type: bool
+recreate:
+  description: Whether the container is not the wanted one.
+  returned: always
+  type: bool
+image:
+  description: The image that the server runs from.
+  returned: always
+  type: str
+image_present:
+  description: Whether the engine has that image already.
+  returned: always
+  type: bool
+container:
+  description: The server's container, without its environment; null where there is none.
+  returned: always
+  type: dict
+referee:
+  description: The referee's verdict.
+  returned: always
+  type: dict
+api:
+  description: The API's address, its models, and what is wrong with it (C(error)).
+  returned: always
+  type: dict
+doubts:
+  description: What keeps the server from being proven, the most basic reason first.
+  returned: always
+  type: list
+  elements: str
+proven:
+  description: Whether the wanted server runs, on the wanted GPU and no other, and answers.
+  returned: always
+  type: bool
+log:
+  description: The last lines of the container's log.
+  returned: always
+  type: list
+  elements: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "gpu_device_id": {"type": "str"},
+            "as_installed": {"type": "bool", "default": False},
+            "log_lines": {"type": "int", "default": 0},
+            "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    state = server.read(params["gpu_device_id"], params["wanted"], as_installed=params["as_installed"])
+    lines = params["log_lines"]
+    state["log"] = server.log_tail(lines) if lines and state["container"] else []
+    module.exit_json(changed=False, **state)
+
+
+if __name__ == "__main__":
+    main()

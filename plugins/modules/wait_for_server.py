@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Documentation of the action plugin of the same name, which does the work."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: wait_for_server
+short_description: Follow a starting vLLM server until it is proven, dead, or out of time
+description:
+  - Looks at the host again and again with M(mlops.vllm_gpu.server_info) until the wanted server
+    runs on the wanted GPU and no other, and its API answers.
+  - Goes on while a model loads, and shows what it is waiting for and for how long.
+  - Ends at once, with the last lines of its log, when the container dies or is on another GPU.
+author: vllm_gpu maintainers (@mlops)
+version_added: 0.1.0
+options:
+  gpu_device_id:
+    description: Index or UUID of the GPU that the server must be on.
+    type: str
+  wanted:
+    description: What the host should have, as for M(mlops.vllm_gpu.server_info).
+    type: dict
+    required: true
+  timeout:
+    description: How long a start may take, in seconds.
+    type: int
+    default: 1800
+  interval:
+    description: Seconds between two looks.
+    type: int
+    default: 2
+attributes:
+  action:
+    description: Runs on the controller and calls M(mlops.vllm_gpu.server_info) on the host.
+    support: full
+  check_mode:
+    description: Skipped, as nothing was started.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Wait until the server is proven
+  mlops.vllm_gpu.wait_for_server:
+    gpu_device_id: "1"
+    wanted: "{{ __vllm_gpu_wanted }}"
+  register: __vllm_gpu_state
+"""
+
+RETURN = r"""
+elapsed:
+  description: Seconds waited.
+  returned: always
+  type: int
+proven:
+  description: True; all else that M(mlops.vllm_gpu.server_info) returns comes with it.
+  returned: success
+  type: bool
+"""

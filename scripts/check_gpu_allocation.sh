@@ -1,0 +1,646 @@
+#!/usr/bin/env bash
+# Is the vLLM server on the GPU that it was meant for, and on no other?
+#
+# Needs bash 4.4, coreutils, nvidia-smi and the docker CLI; changes nothing. It may also be read from
+# standard input ("bash -s -- --json < check_gpu_allocation.sh"), so nothing here looks at $0 or reads
+# standard input. docs/check_gpu_allocation.md lists the exit codes, causes and JSON fields.
+#
+# The verdict rests on UUIDs and host PIDs alone. Indices are only shown: they are renumbered inside
+# a container and can change at a reboot. nvidia-smi is never asked for the names of processes: it
+# doesn't quote them, so a program could name itself like one more row of its list.
+#
+# No `set -e`: nearly every command here may fail, and each failure is a finding to report.
+set -uf         # -f: text is split into lines unquoted and must not match file names
+export LC_ALL=C # match bytes, and have the other programs' messages in English
+
+readonly SERVICE=vllm # the Compose service that --project looks for
+readonly NUMBER='(0|[1-9][0-9]{0,8})' MEMORY='([0-9]{1,9}|\[[^]]*\]|N/A)( MiB)?'
+
+judged=0 json=0 quiet=0 deep=0 limit=10 expect='' container='' project=''
+verdict=unknown code=3 cause='' message='' cure=''
+gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=()
+app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=()
+id='' status='' exit_code='' started='' image='' asked=() asked_count=0 pids=()
+expected_id='' place=''            # what is expected, and the UUID that this means
+declare -A slot_of=() comm_of=()   # GPU or MIG UUID: its card's place in gpu_…; own PID: its name
+
+show_help() {
+  printf '%s\n' \
+    'Usage: check_gpu_allocation.sh [OPTION]...' \
+    'Says whether the vLLM server runs on the expected GPU and on no other.' '' \
+    '  --expect ID        the GPU that it should be on: index, UUID or PCI bus id' \
+    '                     (default: the one that the container was asked for)' \
+    '  --container NAME   the container to judge (default: vllm-server)' \
+    "  --project NAME     or: the container of service \"$SERVICE\" in this Compose project" \
+    '  --deep             also ask inside the container whether it still sees its GPU' \
+    '  --timeout SECONDS  limit for each call of nvidia-smi and docker (default: 10)' \
+    '  --json             print one JSON object instead of the report' \
+    '  --quiet            print nothing: only the exit code' \
+    '  --help             print this' '' \
+    'Exit code: 0 on the expected GPU and no other; 1 on a wrong or additional GPU;' \
+    '           2 wrong usage, or no such GPU here; 3 cannot tell (and why not).'
+}
+
+usage_error() { # SENTENCE [CAUSE CURE]
+  judged=1 verdict=usage code=2 message=$1 cause=${2:-usage} cure=${3:-'See --help.'}
+  ((json && !quiet)) && print_json
+  plain "check_gpu_allocation: $message $cure"
+  printf '%s\n' "$REPLY" >&2
+  exit 2
+}
+
+parse_options() {
+  local option value
+  for option; do [[ $option == --json ]] && json=1; done # so that wrong usage is told in JSON, too
+  while (($#)); do
+    option=${1%%=*} value=${1#*=}
+    case $1 in
+      --json | --help | --quiet | --deep) ;;
+      --expect=* | --container=* | --project=* | --timeout=*) ;;
+      --expect | --container | --project | --timeout)
+        (($# > 1)) || usage_error "$1 needs a value."
+        value=$2
+        shift ;;
+      *) usage_error "There is no option '$1'." ;;
+    esac
+    shift
+    case $option in
+      --help) show_help; judged=1; exit 0 ;;
+      --quiet) quiet=1 ;;
+      --deep) deep=1 ;;
+      --expect)
+        bus_number "$value" || [[ $value =~ ^($NUMBER|(GPU|MIG)-[0-9A-Za-z/-]{1,80})$ ]] ||
+          usage_error "'$value' is no GPU index, UUID or PCI bus id."
+        expect=$value ;;
+      --container | --project)
+        [[ $value =~ ^[a-zA-Z0-9][a-zA-Z0-9_.-]*$ ]] || usage_error "'$value' is no name for $option."
+        if [[ $option == --project ]]; then project=$value; else container=$value; fi ;;
+      --timeout)
+        [[ $value =~ ^[1-9][0-9]{0,3}$ ]] || usage_error "'$value' is no number of seconds from 1 to 9999."
+        limit=$value ;;
+    esac
+  done
+  [[ $container && $project ]] && usage_error 'Give --container or --project, not both.'
+  ((json && quiet)) && usage_error 'Give --json or --quiet, not both.'
+  container=${container:-vllm-server}
+}
+
+# --- Calling other programs ------------------------------------------------------------------------
+
+# start VARIABLE COMMAND...: run it in the background; VARIABLE gets the handle to finish it with.
+# A process stuck in the kernel (a card that fell off the bus) survives even SIGKILL and holds its
+# pipes open. So finish never waits for their end, and the subshell holds none of our own.
+start() {
+  local fd variable=$1
+  shift
+  exec {fd}< <(
+    exec </dev/null 2>/dev/null
+    { out=$(timeout -k 1 "$limit" "$@" 2>&3 3>&-) && rc=0 || rc=$?; } 3>&1
+    printf '\0%s\0%s\0' "$out" "$rc"
+  )
+  printf -v "$variable" '%s' "$fd $!"
+}
+
+finish() { # HANDLE: sets $out, $err and $rc; rc is 124 when the time was up
+  local fd=${1% *}
+  out='' err='' rc=''
+  if ! { IFS= read -r -d '' -t $((limit + 2)) -u "$fd" err && IFS= read -r -d '' -t 1 -u "$fd" out &&
+    IFS= read -r -d '' -t 1 -u "$fd" rc; }; then
+    kill "${1#* }" 2>/dev/null
+    rc=124
+  fi
+  [[ $rc == 137 ]] && rc=124 # it ignored SIGTERM
+  exec {fd}<&-
+}
+
+call() { # COMMAND...: start and finish
+  local handle
+  start handle "$@"
+  finish "$handle"
+}
+
+split() { # TEXT: sets $lines, without carriage returns and empty lines
+  local IFS=$'\n'
+  # shellcheck disable=SC2206 # splitting is meant
+  lines=(${1//$'\r'/})
+}
+
+# problem CAUSE SENTENCE CURE: a reason why there is no verdict. The first one gives the cause.
+problem() {
+  cause=${cause:-$1}
+  message+="${message:+ Also: }$2"
+  cure+="${cure:+ }$3"
+}
+
+# --- The cards -------------------------------------------------------------------------------------
+
+smi_problem() { # what a call of nvidia-smi that failed, or that was not understood, means
+  split "$err"$'\n'"$out"
+  case $rc:$out$err in
+    124:*) problem nvidia_smi_timeout "nvidia-smi gave no answer within $limit s; a card may have fallen off the bus." \
+      "Look for 'Xid' or 'fallen off the bus' in 'dmesg'; a reboot usually helps." ;;
+    *'Driver/library version mismatch'*) problem driver_library_mismatch \
+      'The loaded NVIDIA driver and its libraries have different versions (an update without a reboot).' \
+      'Reboot, or reload the nvidia kernel modules.' ;;
+    9:* | *"couldn't communicate with the NVIDIA driver"*) problem driver_not_loaded \
+      'The NVIDIA driver is not loaded.' \
+      "Try 'modprobe nvidia'; if that fails, install the driver for the running kernel and reboot." ;;
+    15:* | *'GPU is lost'* | *'Unable to determine the device handle'*) problem gpu_lost \
+      'A GPU has fallen off the bus.' "Look for 'Xid' in 'dmesg', then reboot." ;;
+    6:* | *'No devices were found'*) problem no_devices 'nvidia-smi finds no GPU on this machine.' \
+      "Look at 'lspci | grep -i nvidia' and 'dmesg | grep -i nvrm'." ;;
+    0:*) problem nvidia_smi_unparsable "nvidia-smi answered in a form that this script doesn't know." \
+      "Run 'nvidia-smi' by hand; a newer driver may need a newer script." ;;
+    *) problem nvidia_smi_failed "nvidia-smi failed (exit code $rc): ${lines[0]:-it said nothing}" \
+      "Run 'nvidia-smi' by hand." ;;
+  esac
+  return 1
+}
+
+read_gpus() { # HANDLE
+  local line n=0 form="^$NUMBER, *(GPU-[0-9A-Za-z-]+), *([0-9A-Fa-f:]+\.[0-7]), *$MEMORY, *$MEMORY, *([^,]*), *(.+)\$"
+  finish "$1"
+  split "$out"
+  ((rc || ${#lines[@]})) || rc=6
+  [[ $rc != 0 || $out$err == *'No devices were found'* ]] && { smi_problem; return; }
+  for line in "${lines[@]}"; do
+    [[ $line =~ $form && ! ${slot_of[${BASH_REMATCH[2]}]+twice} ]] || { smi_problem; return; }
+    gpu_index[n]=${BASH_REMATCH[1]} gpu_uuid[n]=${BASH_REMATCH[2]} gpu_bus[n]=${BASH_REMATCH[3]}
+    gpu_total[n]=${BASH_REMATCH[4]} gpu_used[n]=${BASH_REMATCH[6]} gpu_driver[n]=${BASH_REMATCH[8]}
+    gpu_name[n]=${BASH_REMATCH[9]} slot_of[${BASH_REMATCH[2]}]=$n
+    n=$((n + 1))
+  done
+}
+
+read_apps() { # HANDLE: the processes on the cards
+  local line mig=0
+  finish "$1"
+  [[ $out == *'No running processes found'* ]] && out=''
+  ((rc)) && { smi_problem; return; }
+  split "$out"
+  for line in "${lines[@]}"; do
+    [[ $line =~ ^((GPU|MIG)-[0-9A-Za-z/-]+),\ *$NUMBER,\ *$MEMORY$ ]] || { smi_problem; return; }
+    app_uuid+=("${BASH_REMATCH[1]}") app_pid+=("${BASH_REMATCH[3]}") app_memory+=("${BASH_REMATCH[4]}")
+    [[ ${BASH_REMATCH[2]} == MIG ]] && mig=1
+  done
+  ((mig)) && read_mig
+  for line in "${!app_pid[@]}"; do name_app "$line"; done
+}
+
+read_mig() { # which card each MIG instance is part of: one more call, only where an instance turns up
+  local line parent=''
+  call nvidia-smi -L
+  split "$out"
+  for line in "${lines[@]}"; do
+    [[ $line =~ ^GPU\ .*UUID:\ (GPU-[0-9A-Za-z-]+) ]] && parent=${slot_of[${BASH_REMATCH[1]}]-}
+    [[ $line =~ ^\ +MIG\ .*UUID:\ (MIG-[0-9A-Za-z/-]+) && $parent ]] && slot_of[${BASH_REMATCH[1]}]=$parent
+  done
+}
+
+name_app() { # N: fills in what follows from the n-th process's PID and card
+  local pid=${app_pid[$1]} slot=${slot_of[${app_uuid[$1]}]-}
+  app_own[$1]=0 app_index[$1]=${slot:+${gpu_index[slot]}} REPLY=''
+  if [[ ${comm_of[$pid]+own} ]]; then
+    app_own[$1]=1 REPLY=${comm_of[$pid]}
+  elif [[ -r /proc/$pid/comm ]]; then
+    { IFS= read -r -d '' REPLY </proc/"$pid"/comm; } 2>/dev/null
+  fi
+  app_name[$1]=${REPLY%$'\n'}
+}
+
+bus_number() { # PCI BUS ID, with or without its domain: sets $REPLY to a form that can be compared
+  local bus=${1,,}
+  REPLY=''
+  [[ $bus == *:*:* ]] || bus=0000:$bus
+  [[ $bus =~ ^([0-9a-f]{4,8}):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$ ]] || return 1
+  REPLY=$((16#${BASH_REMATCH[1]})):${BASH_REMATCH[2]}
+}
+
+find_card() { # ID: sets $REPLY to the UUID of the card or MIG instance that it names
+  local wanted=${1#nvidia.com/gpu=} n bus
+  bus_number "$wanted"
+  bus=$REPLY
+  for n in "${!gpu_uuid[@]}"; do
+    bus_number "${gpu_bus[n]}"
+    if [[ $wanted == "${gpu_index[n]}" || ${wanted,,} == "${gpu_uuid[n],,}" || ($bus && $bus == "$REPLY") ]]; then
+      REPLY=${gpu_uuid[n]}
+      return
+    fi
+  done
+  REPLY=$wanted
+  [[ $wanted =~ ^MIG-[0-9A-Za-z/-]+$ ]] || return 1
+  [[ ${slot_of[$wanted]+known} ]] || read_mig
+  REPLY=$wanted
+  [[ ${slot_of[$wanted]+known} ]]
+}
+
+card() { # UUID: sets $REPLY to the card's name in a sentence
+  local n=${slot_of[$1]}
+  REPLY="GPU ${gpu_index[n]} (${gpu_name[n]}, $1)"
+}
+
+# --- The container ---------------------------------------------------------------------------------
+
+docker_problem() { # what a call of docker that failed means
+  local text=${out,,}${err,,}
+  split "$err"$'\n'"$out"
+  case $rc:$text in
+    124:*) problem docker_timeout "docker gave no answer within $limit s." "Try 'systemctl status docker'." ;;
+    *'no such container'* | *'no such object'*) no_such_container "There is no container $container on this machine" ;;
+    *'permission denied'*) problem engine_permission "This user may not use the Docker engine's socket." \
+      "Use sudo, or have the user added to the group 'docker'." ;;
+    *'cannot connect to the docker daemon'* | *'failed to connect to the docker api'* | *'connection refused'*)
+      problem engine_not_running 'The Docker engine is not running, or not reachable from here.' \
+        "'systemctl start docker' starts it; otherwise look at DOCKER_HOST and 'docker context ls'." ;;
+    *) problem docker_failed "docker failed (exit code $rc): ${lines[0]:-it said nothing}" "Run 'docker ps' by hand." ;;
+  esac
+}
+
+no_such_container() { # SENTENCE; adds which containers there are
+  lines=()
+  call docker ps -a --filter label=com.docker.compose.service --format '{{.Names}}'
+  split "$out"
+  problem no_such_container "$1${lines[0]+"; of Compose there are: ${lines[*]:0:8}"}." \
+    "Start it with 'docker compose up -d', or name another one with --container or --project."
+}
+
+find_in_project() { # sets $container to the one of --project
+  local label=label=com.docker.compose
+  call docker ps -a --no-trunc --format '{{.ID}}' --filter "$label.project=$project" \
+    --filter "$label.service=$SERVICE" --filter "$label.oneoff=False"
+  ((rc)) && { docker_problem; return 1; }
+  split "$out"
+  container=${lines[0]-}
+  case ${#lines[@]} in
+    1) return 0 ;;
+    0) no_such_container "There is no container of service $SERVICE in Compose project $project" ;;
+    *) problem several_containers "Service $SERVICE of Compose project $project has ${#lines[@]} containers." \
+      'Name one of them with --container.' ;;
+  esac
+  return 1
+}
+
+read_container() {
+  local line key value driver=''
+  [[ ! $project ]] || find_in_project || return
+  # These fields only: environment and arguments hold secrets. Ids as JSON, so that each is one line.
+  call docker inspect --type container --format 'id {{.Id}}
+name {{.Name}}
+status {{.State.Status}}
+exit {{.State.ExitCode}}
+started {{.State.StartedAt}}
+image {{.Config.Image}}{{range .HostConfig.DeviceRequests}}
+driver {{.Driver}}
+count {{.Count}}{{range .DeviceIDs}}
+device {{json .}}{{end}}{{end}}' "$container"
+  ((rc)) && { docker_problem; return; }
+  split "$out"
+  for line in "${lines[@]}"; do
+    key=${line%% *} value=${line#"${line%% *}"} value=${value# }
+    case $key:$driver in
+      id:*) id=$value ;;
+      name:*) container=${value#/} ;;
+      status:*) status=$value ;;
+      exit:*) [[ $status == @(exited|dead|restarting) ]] && exit_code=$value ;;
+      started:*) [[ $value == 0001-* ]] || started=$value ;; # 0001: never
+      image:*) image=$value ;;
+      driver:*) driver=$value ;;
+      count: | count:nvidia) [[ $value =~ ^(-1|[1-9][0-9]*)$ ]] && asked_count=$value ;;
+      device: | device:nvidia) add_request "$value" ;;
+      device:cdi) [[ $value == '"nvidia.com/gpu='* ]] && add_request "$value" ;;
+    esac
+  done
+  if [[ ! $id =~ ^[0-9a-f]{12,64}$ || ! $status =~ ^[a-z]+$ ]]; then
+    id=''
+    problem docker_unparsable "'docker inspect' answered in a form that this script doesn't know." \
+      "Run 'docker inspect $container' by hand."
+  elif [[ $status == running ]]; then
+    read_pids
+  else
+    not_running
+  fi
+}
+
+add_request() { # an id, as JSON; NVIDIA's runtime also takes several ids with commas in between
+  local one IFS=, ids=${1#\"}
+  for one in ${ids%\"}; do
+    if [[ $one == @(all|nvidia.com/gpu=all) ]]; then asked_count=-1; else asked+=("$one"); fi
+  done
+}
+
+not_running() {
+  local next="'docker logs --tail 50 $container' says why; 'docker compose up -d' starts it."
+  case $status in
+    created) next="It was never started, mostly as the engine refused the GPU: 'docker start $container' says why." ;;
+    restarting) next="It fails again and again: 'docker logs --tail 50 $container' says why." ;;
+    paused) next="It still holds its memory on the card; 'docker unpause $container' lets it go on." ;;
+  esac
+  problem container_not_running \
+    "$container is not running: it is $status${exit_code:+ with exit code $exit_code}." "$next"
+}
+
+read_pids() { # of every process of the container: vLLM's work on the card is done by a child
+  local line name
+  call docker top "$id" -eo pid,comm # never the arguments: they can hold secrets
+  if [[ ${err,,} == *'is not running'* || ${err,,} == *'no such container'* ]]; then
+    status=exited # since we inspected it
+    not_running
+    return
+  fi
+  ((rc)) && { docker_problem; return; }
+  split "$out"
+  [[ ${lines[0]-} =~ ^\ *PID ]] || lines=('' 'no table')
+  for line in "${lines[@]:1}"; do
+    if [[ ! $line =~ ^\ *$NUMBER(\ .*)?$ ]]; then # skipping it could hide a process on a wrong card
+      problem docker_unparsable "'docker top' answered in a form that this script doesn't know." \
+        "Run 'docker top $container -eo pid,comm' by hand."
+      return
+    fi
+    pids+=("${BASH_REMATCH[1]}") name=${BASH_REMATCH[2]}
+    name=${name#"${name%%[! ]*}"}
+    comm_of[${pids[-1]}]=${name%"${name##*[! ]}"}
+  done
+}
+
+# --- The verdict -----------------------------------------------------------------------------------
+
+judge() {
+  local n cards=''
+  if [[ ! $expect ]]; then
+    [[ $id ]] && expect_what_was_asked
+  elif ((${#gpu_uuid[@]})); then
+    expected_id=$expect
+    if ! find_card "$expect"; then
+      for n in "${gpu_uuid[@]}"; do
+        card "$n"
+        cards+="${cards:+, }$REPLY"
+      done
+      usage_error "This machine has no GPU '$expect'." no_such_gpu "It has: $cards."
+    fi
+    place=$REPLY
+  fi
+  [[ $cause ]] || judge_processes
+}
+
+expect_what_was_asked() { # sets $expected_id and $place; without them there is a problem
+  local one why='' sentence next='Name the GPU with --expect, and give the compose file device_ids: '
+  next+='only so is the server pinned to one.'
+  if ((asked_count)); then
+    why=asked_for_count sentence="was asked for a number of GPUs (${asked_count/#-1/all}), not for a certain one."
+  elif ((${#asked[@]} == 0)); then
+    why=asked_for_no_gpu sentence='was asked for no GPU at all.'
+  elif ((${#gpu_uuid[@]})); then
+    for one in "${asked[@]}"; do
+      if ! find_card "$one"; then
+        why=requested_gpu_missing sentence="was asked for GPU '$one', which this machine doesn't have (any more)."
+        next="Compare 'nvidia-smi -L', and name the GPU with --expect."
+      elif [[ $place && $place != "$REPLY" ]]; then
+        why=${why:-asked_for_several} sentence=${sentence:-"was asked for several GPUs (${asked[*]})."}
+      fi
+      expected_id=$one place=$REPLY
+    done
+  fi
+  [[ $why ]] || return
+  place=''
+  [[ $cause ]] || problem "$why" "$container $sentence" "$next"
+}
+
+judge_processes() {
+  local n uuid right=0 wrong='' want
+  for n in "${!app_pid[@]}"; do
+    uuid=${app_uuid[n]}
+    ((app_own[n])) || continue
+    if [[ ! ${slot_of[$uuid]+known} ]]; then
+      problem nvidia_smi_unparsable "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
+        "Run this again; if it stays, compare 'nvidia-smi -L'."
+      return
+    elif [[ $uuid == "$place" || ${gpu_uuid[${slot_of[$uuid]}]} == "$place" ]]; then # or a MIG instance of it
+      right=1
+    elif [[ $uuid == "${gpu_uuid[${slot_of[$place]}]}" ]]; then
+      problem mig_instance_unclear "nvidia-smi doesn't say on which MIG instance of $uuid $container runs." \
+        "Expect the whole GPU instead, or look at 'nvidia-smi'."
+      return
+    else
+      card "$uuid"
+      [[ $wrong == *"$REPLY"* ]] || wrong+="${wrong:+ and }$REPLY"
+    fi
+  done
+  card "$place"
+  want=$REPLY
+  if [[ $wrong ]]; then
+    verdict=misplaced code=1 cause=wrong_gpu message="$container runs on $wrong, not on $want."
+    ((right)) && cause=additional_gpu message="$container runs on $want, but holds $wrong as well."
+    if was_asked_for_it; then
+      cure="It was asked for the right GPU only, so the runtime didn't obey. Try "
+      cure+="'docker compose up -d --force-recreate'; then see that it is not privileged and that NVIDIA's"
+      cure+=' container toolkit is set up.'
+    else
+      cure="Run 'ansible-playbook serve.yml -e gpu_device_id=$expected_id', or set GPU_DEVICE_ID=$expected_id in .env"
+      cure+=" and run 'docker compose up -d' ('restart' is not enough)."
+    fi
+  elif ((right)); then
+    ((deep)) && lost_its_view && return
+    verdict=ok code=0 message="$container runs on $want and on no other."
+  else
+    lost_its_view || nothing_there_yet
+  fi
+}
+
+was_asked_for_it() { # was the container asked for the expected card, and for nothing else?
+  local one
+  ((${#asked[@]} && !asked_count)) || return 1
+  for one in "${asked[@]}"; do
+    find_card "$one" && [[ $REPLY == "$place" ]] || return 1
+  done
+}
+
+# A "systemctl daemon-reload" can take the card from a running container's view. That shows only from
+# inside, and asking there costs as much as all the rest: so only without a process, or with --deep.
+lost_its_view() {
+  call docker exec "$id" nvidia-smi -L
+  [[ $out$err == *'NVML: Unknown Error'* ]] || return 1
+  problem gpu_view_lost "$container lost its view of the GPU while it was running (NVML: Unknown Error)." \
+    "Recreate it: 'docker compose up -d --force-recreate'."
+}
+
+nothing_there_yet() {
+  local since now up=''
+  since=$(date -d "$started" +%s 2>/dev/null) && printf -v now '%(%s)T' -1 && up=", up for $((now - since)) s,"
+  problem no_process_yet "$container$up has no process on any GPU yet: it may still be loading." \
+    "Ask again in some seconds; 'docker logs --tail 50 $container' shows how far it is."
+}
+
+# --- JSON ------------------------------------------------------------------------------------------
+
+# quote TEXT: sets $REPLY to a JSON string, or to null for an empty text. Bytes that are no UTF-8
+# become U+FFFD, so that the output is valid whatever a process calls itself.
+quote() {
+  local rest=$1 done='' char more=[$'\x80'-$'\xbf'] n
+  while [[ $rest ]]; do
+    n=1
+    # shellcheck disable=SC2053 # $more is a pattern
+    if [[ $rest == [$'\xc2'-$'\xdf']$more* ]]; then n=2
+    elif [[ $rest == [$'\xe1'-$'\xec'$'\xee'$'\xef']$more$more* || $rest == $'\xe0'[$'\xa0'-$'\xbf']$more* ||
+      $rest == $'\xed'[$'\x80'-$'\x9f']$more* ]]; then n=3
+    elif [[ $rest == [$'\xf1'-$'\xf3']$more$more$more* || $rest == $'\xf0'[$'\x90'-$'\xbf']$more$more* ||
+      $rest == $'\xf4'[$'\x80'-$'\x8f']$more$more* ]]; then n=4
+    fi
+    char=${rest:0:n} rest=${rest:n}
+    case $char in
+      [\"\\]) char=\\$char ;;
+      [[:cntrl:]]) printf -v char '\\u%04x' "'$char" ;;
+      [$'\x80'-$'\xff']) char='\ufffd' ;;
+    esac
+    done+=$char
+  done
+  REPLY=null
+  [[ ! $1 ]] || REPLY="\"$done\""
+}
+
+# object KEY VALUE...: sets $REPLY. The value of a key with a leading # is a number, with @ it is JSON.
+object() {
+  local all=''
+  while (($#)); do
+    case $1 in
+      '#'*) REPLY=null; [[ $2 =~ ^-?(0|[1-9][0-9]*)$ ]] && REPLY=$2 ;;
+      @*) REPLY=$2 ;;
+      *) quote "$2" ;;
+    esac
+    all+="${all:+,}\"${1#[#@]}\":$REPLY"
+    shift 2
+  done
+  REPLY="{$all}"
+}
+
+print_json() {
+  local n gpus='' expected=null box=null mine='' others='' ids='' numbers=${pids[*]}
+  for n in "${!gpu_uuid[@]}"; do
+    object '#index' "${gpu_index[n]}" uuid "${gpu_uuid[n]}" pci_bus_id "${gpu_bus[n]}" name "${gpu_name[n]}" \
+      '#memory_total_mib' "${gpu_total[n]}" '#memory_used_mib' "${gpu_used[n]}" driver_version "${gpu_driver[n]}"
+    gpus+="${gpus:+,}$REPLY"
+  done
+  if [[ $place ]]; then
+    object id "$expected_id" '#index' "${gpu_index[${slot_of[$place]}]}" uuid "$place"
+    expected=$REPLY
+  fi
+  if [[ $id ]]; then
+    for n in "${asked[@]}"; do
+      quote "$n"
+      ids+="${ids:+,}$REPLY"
+    done
+    object name "$container" id "$id" status "$status" '#exit_code' "$exit_code" started_at "$started" image "$image" \
+      @requested "[$ids]" '#requested_count' "${asked_count#0}" @pids "[${numbers// /,}]"
+    box=$REPLY
+  fi
+  for n in "${!app_name[@]}"; do
+    object '#pid' "${app_pid[n]}" name "${app_name[n]}" gpu_uuid "${app_uuid[n]}" \
+      '#gpu_index' "${app_index[n]}" '#memory_mib' "${app_memory[n]}"
+    if ((app_own[n])); then mine+="${mine:+,}$REPLY"; else others+="${others:+,}$REPLY"; fi
+  done
+  object '#schema' 1 verdict "$verdict" cause "$cause" '#code' "$code" message "$message" cure "$cure" \
+    @expected "$expected" @gpus "[$gpus]" @container "$box" @processes "[$mine]" @other_processes "[$others]"
+  printf '%s\n' "$REPLY"
+}
+
+# --- The report for a person -----------------------------------------------------------------------
+
+plain() { # TEXT: sets $REPLY to it without control characters, which could drive the terminal
+  REPLY=${1//[[:cntrl:]]/?}
+}
+
+say() { # TEXT [COLOUR]: indented, in lines of up to 80 columns
+  local word line=' '
+  plain "$1"
+  for word in $REPLY; do
+    if ((${#line} + ${#word} > 78)); then
+      printf '%s%s%s\n' "${2-}" "$line" "${2:+$normal}"
+      line='   '
+    fi
+    line+=" $word"
+  done
+  printf '%s%s%s\n' "${2-}" "$line" "${2:+$normal}"
+}
+
+print_processes() { # 1: the container's own; 0: the others
+  local n any=0
+  for n in "${!app_name[@]}"; do
+    ((app_own[n] == $1)) || continue
+    any=1
+    plain "${app_name[n]:-?}"
+    printf '  GPU %-3s pid %-8s %7s MiB  %s\n' "${app_index[n]:-?}" "${app_pid[n]}" "${app_memory[n]}" "$REPLY"
+  done
+  ((any)) || say none
+}
+
+print_report() {
+  local n bold='' normal='' colour='' word="CAN'T TELL"
+  if [[ -t 1 && ! ${NO_COLOR-} && ${TERM-dumb} != dumb ]]; then bold=$'\e[1m' normal=$'\e[0m' colour=$'\e[33m'; fi
+  case $verdict in
+    ok) word=OK colour=${colour:+$'\e[32m'} ;;
+    misplaced) word=MISPLACED colour=${colour:+$'\e[31m'} ;;
+  esac
+  printf '%s\n' "${bold}1. GPUs of this machine${gpu_driver[0]+ (driver ${gpu_driver[0]})}$normal"
+  ((${#gpu_uuid[@]})) || say 'not known'
+  for n in "${!gpu_uuid[@]}"; do
+    printf '  GPU %-3s %s, %s of %s MiB used\n          %s  %s\n' "${gpu_index[n]}" "${gpu_name[n]}" \
+      "${gpu_used[n]}" "${gpu_total[n]}" "${gpu_uuid[n]}" "${gpu_bus[n]}"
+  done
+
+  printf '\n%s\n' "${bold}2. What the container was given$normal"
+  [[ $id ]] || say 'not known'
+  [[ ! $id ]] || say "$container (${id:0:12}): $status${started:+ since ${started%.*}}"
+  [[ ! $id ]] || say "image: $image"
+  for n in "${asked[@]}"; do
+    if find_card "$n"; then card "$REPLY"; else REPLY='no GPU of this machine'; fi
+    say "asked for: '$n' = $REPLY"
+  done
+  ((asked_count)) && say "asked for: a number of GPUs (${asked_count/#-1/all})"
+  [[ $id ]] && ((!asked_count && ${#asked[@]} == 0)) && say 'asked for: no GPU'
+
+  printf '\n%s\n' "${bold}3. Its processes on the GPUs$normal"
+  print_processes 1
+  printf '%s\n' '  others on the GPUs:'
+  print_processes 0
+
+  printf '\n%s\n' "${bold}4. Verdict$normal"
+  say "$word: $message" "$colour"
+  [[ ! $cure ]] || say "Next: $cure"
+}
+
+# --- Main ------------------------------------------------------------------------------------------
+
+main() {
+  local gpus='' apps='' engine
+  parse_options "$@"
+  if type -P nvidia-smi >/dev/null; then
+    start gpus nvidia-smi --query-gpu=index,uuid,pci.bus_id,memory.total,memory.used,driver_version,name \
+      --format=csv,noheader,nounits
+    start apps nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader,nounits
+  fi
+  # Meanwhile the engine is asked. What is wrong there is reported after what is wrong with the cards.
+  if type -P docker >/dev/null; then
+    read_container
+  else
+    problem docker_missing 'The docker command is not installed.' 'Install the Docker CLI, or run this on the GPU host.'
+  fi
+  engine=("$cause" "$message" "$cure") cause='' message='' cure=''
+  if [[ ! $gpus ]]; then
+    problem nvidia_smi_missing 'nvidia-smi is not installed.' \
+      "Install the NVIDIA driver's utilities, or run this on the GPU host."
+  elif read_gpus "$gpus"; then
+    read_apps "$apps"
+  else
+    kill "${apps#* }" 2>/dev/null # it would fail in the same way
+  fi
+  [[ ! ${engine[0]} ]] || problem "${engine[@]}"
+  judge
+  if ((json)); then print_json; elif ((!quiet)); then print_report; fi
+  judged=1
+  exit "$code"
+}
+
+# bash itself ends with 1 when it stumbles over a script. That must not pass for a verdict.
+# shellcheck disable=SC2317 # the trap calls it
+unjudged() { ((judged)) || exit 3; }
+trap unjudged EXIT
+main "$@"

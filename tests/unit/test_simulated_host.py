@@ -1,0 +1,225 @@
+"""The simulated cards and their nvidia-smi, without a host: real locks, recorded words."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMULATED_HOST = ROOT / "molecule" / "simulated_host"
+RECORDED = ROOT / "tests" / "recorded" / "nvidia-smi-2xh200.txt"
+
+# The machine that the recording was made on.
+H200 = {
+    "name": "NVIDIA H200",
+    "memory.total": 143771,
+    "memory.reserved": 614,
+    "persistence_mode": "Enabled",
+    "mig.mode.current": "Disabled",
+    "ecc.errors.uncorrected.volatile.total": "0",
+    "fan.speed": "[N/A]",
+    "temperature.gpu": "37",
+    "pstate": "P0",
+    "power.limit": "700.00",
+}
+CARDS = {
+    "driver_version": "580.159.04",
+    "cuda_version": "13.0",
+    "cards": [
+        H200
+        | {
+            "uuid": "GPU-70d65b9f-b550-8580-0e78-0e37d2079d44",
+            "pci.bus_id": "00000000:00:06.0",
+            "power.draw": "118",
+        },
+        H200
+        | {
+            "uuid": "GPU-458ac4d5-4aa7-2acf-60ae-dff50aab0b88",
+            "pci.bus_id": "00000000:00:07.0",
+            "power.draw": "117",
+        },
+    ],
+}
+HOLDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import simulated_gpu as gpu
+gpu.STATE, gpu.DEVICES = Path(sys.argv[2]), Path(sys.argv[3])
+try:
+    held = [gpu.allocate(card, int(mib)) for card, mib in zip(gpu.visible_cards(), sys.argv[4:]) if int(mib)]
+except gpu.OutOfMemoryError:
+    sys.exit("out of memory")
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+def load(name: str) -> ModuleType:
+    """Import one of the simulated host's files."""
+    specification = importlib.util.spec_from_file_location(name, SIMULATED_HOST / f"{name}.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+class Machine:
+    """Two cards in a folder, and processes that hold memory of them."""
+
+    def __init__(self, gpu: ModuleType, smi: ModuleType, capture: pytest.CaptureFixture[str]) -> None:
+        """Use these modules, and what they print."""
+        self.gpu, self.smi, self.capture = gpu, smi, capture
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def hold(self, *mib: int) -> subprocess.Popen[str]:
+        """Start a process that holds so much of each card."""
+        process = subprocess.Popen(
+            [
+                "python3",
+                "-c",
+                HOLDER,
+                str(SIMULATED_HOST),
+                str(self.gpu.STATE),
+                str(self.gpu.DEVICES),
+                *map(str, mib),
+            ],
+            executable=sys.executable,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == "holding\n", process.communicate()
+        return process
+
+    def nvidia_smi(self, *arguments: str) -> tuple[str, int]:
+        """Return what nvidia-smi prints and its exit status."""
+        status = 0
+        try:
+            self.smi.main(list(arguments))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return self.capture.readouterr().out, status
+
+
+@pytest.fixture
+def machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Machine]:
+    """Two cards like those of the recording."""
+    gpu, smi = load("simulated_gpu"), load("nvidia_smi")
+    # Card files on a file system whose device numbers /proc/locks shows too.
+    folder = Path("/dev/shm") / f"test-simulated-host-{os.getpid()}"  # noqa: S108
+    state, devices = folder / "state", folder / "dev"
+    devices.mkdir(parents=True)
+    monkeypatch.setattr(gpu, "STATE", state)
+    monkeypatch.setattr(gpu, "DEVICES", devices)
+    file = tmp_path / "cards.json"
+    file.write_text(json.dumps(CARDS))
+    gpu.load_driver(file)
+    made = Machine(gpu, smi, capsys)
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.communicate()
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def recorded_calls() -> list[tuple[list[str], str, int]]:
+    """Return arguments, output and status of each recorded call that is simulated."""
+    calls = []
+    for block in RECORDED.read_text().split("$ nvidia-smi")[1:]:
+        arguments, _, rest = block.partition("\n")
+        output, _, status = rest.partition("rc=")
+        if "topo" not in arguments:
+            calls.append((arguments.split(), output.split("\n$ ")[0], int(status.split()[0])))
+    return calls
+
+
+def timeless(text: str) -> str:
+    """Leave out the time of day."""
+    return re.sub(r"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d 20\d\d", "TIME", text)
+
+
+@pytest.mark.parametrize("call", recorded_calls(), ids=lambda call: " ".join(call[0]) or "table")
+def test_nvidia_smi_says_what_the_real_one_said(machine: Machine, call: tuple[list[str], str, int]) -> None:
+    pid = machine.hold(518, 2658).pid
+    arguments, output, status = call
+    said, ended = machine.nvidia_smi(*arguments)
+    # A longer PID stands in the same columns.
+    output = re.sub(rf"(?<= ) {{{len(str(pid)) - 3}}}548(?=\D)", str(pid), output)
+    output = re.sub(r"(?<= )548(?=\D)", str(pid), output)
+    assert timeless(said) == timeless(output)
+    assert ended == status
+
+
+def test_memory_is_free_again_when_its_process_is_gone(machine: Machine) -> None:
+    query = ("--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    process = machine.hold(1000, 0)
+    assert machine.nvidia_smi(*query) == ("1009\n0\n", 0)
+    process.kill()
+    process.wait()
+    assert machine.nvidia_smi(*query) == ("0\n0\n", 0)
+
+
+def test_a_full_card_gives_no_more(machine: Machine) -> None:
+    machine.hold(100_000, 0)
+    second = machine.hold(40_000, 0)
+    with pytest.raises(AssertionError, match="out of memory"):
+        machine.hold(4000, 0)
+    # What lies in two pieces can still be had as a whole.
+    machine.processes[0].kill()
+    machine.processes[0].wait()
+    machine.hold(103_000, 0)
+    card = machine.gpu.visible_cards()[0]
+    assert machine.gpu.processes(card)[second.pid] == 40_000
+    assert card.used_mib == 143_009
+
+
+def test_cards_are_numbered_by_their_slot_and_known_by_their_uuid(machine: Machine, tmp_path: Path) -> None:
+    swapped = json.loads(json.dumps(CARDS))
+    buses = [card["pci.bus_id"] for card in swapped["cards"]]
+    for card, bus in zip(swapped["cards"], reversed(buses), strict=True):
+        card["pci.bus_id"] = bus
+    machine.hold(0, 700)
+    file = tmp_path / "swapped.json"
+    file.write_text(json.dumps(swapped))
+    machine.gpu.load_driver(file)
+    said, _ = machine.nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
+    first, second = (card["uuid"] for card in CARDS["cards"])  # type: ignore[index]
+    assert said == f"0, {second}, 709\n1, {first}, 0\n"
+
+
+@pytest.mark.parametrize(
+    ("faults", "words", "status"),
+    [
+        ({"driver": "gone"}, "couldn't communicate with the NVIDIA driver", 9),
+        ({"driver": "mismatch"}, "Driver/library version mismatch", 18),
+    ],
+)
+def test_a_broken_driver(machine: Machine, faults: dict[str, str], words: str, status: int) -> None:
+    (machine.gpu.STATE / "faults.json").write_text(json.dumps(faults))
+    said, ended = machine.nvidia_smi()
+    assert words in said
+    assert ended == status
+
+
+def test_a_container_that_lost_its_card(machine: Machine) -> None:
+    node = machine.gpu.DEVICES / "nvidia0"
+    node.unlink()
+    node.touch()
+    assert machine.nvidia_smi("-L") == ("Failed to initialize NVML: Unknown Error\n", 255)
