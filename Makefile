@@ -58,14 +58,14 @@ venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
 lint: .venv/.dev machine ## ansible-lint, yamllint, shellcheck, ruff, docker compose config
 	@$(call step,ruff, $(BIN)/ruff check; $(BIN)/ruff format --check)
 	@$(call step,yamllint, $(BIN)/yamllint --strict .)
-	@$(call step,shellcheck, git ls-files -z -co --exclude-standard | xargs -0 grep -lE '^#!.*\b(ba)?sh$$' | xargs shellcheck)
+	@$(call step,shellcheck, git grep --untracked -lE '^#!.*\b(ba)?sh$$' | xargs $(BIN)/shellcheck -x)
 	@$(call step,docker compose config, \
 	  DOCKER_CONFIG=.cache/docker docker compose --file docker/docker-compose.serving.yml config --quiet)
 	@$(call step,ansible-lint, PATH="$$PWD/$(BIN):$$PATH" ansible-lint --offline)
 
 .PHONY: types
 types: .venv/.dev ## mypy --strict over all Python
-	@$(call step,mypy, $(BIN)/mypy)
+	@$(call step,mypy, $(BIN)/mypy; $(BIN)/mypy --package ansible_collections.mlops.vllm_gpu.plugins)
 
 .PHONY: unit
 unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
@@ -92,6 +92,6 @@ lock: .venv/.dev ## Write the lock files again, with the newest versions
 
 .PHONY: clean
 clean: ## Remove everything that make has made, and nothing else
-	@$(SIM)/clean
+	@$(SIM)/setup clean
 	@rm -rf .venv .cache .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +

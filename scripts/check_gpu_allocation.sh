@@ -7,7 +7,7 @@
 #
 # The verdict rests on UUIDs and host PIDs alone. Indices are only shown: they are renumbered inside
 # a container and can change at a reboot. nvidia-smi is never asked for the names of processes: it
-# doesn't quote them, so a program could name itself like one more row of its list.
+# prints a line break in one as it is, so that any program could spoil the list for us.
 #
 # No `set -e`: nearly every command here may fail, and each failure is a finding to report.
 set -uf         # -f: text is split into lines unquoted and must not match file names

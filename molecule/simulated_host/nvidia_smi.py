@@ -180,7 +180,7 @@ def table(cards: list[gpu.Card]) -> None:
     rows = [(card, pid, mib) for card in cards for pid, mib in gpu.processes(card).items()]
     for card, pid, mib in rows:
         name = short(gpu.process_name(pid), 38)
-        print(f"|{card.index:>5}   N/A  N/A {pid:>15}      C   {name:<39}{mib:>5}MiB |")
+        print(f"|{card.index:>5}   N/A  N/A {pid:>15}      C   {name:<38}{mib:>5}MiB |")
     if not rows:
         print(f"|  {'No running processes found':<87}|")
     print(line)

@@ -370,7 +370,7 @@ class Server:
         try:
             listener.bind(address)
         except OSError as error:
-            self.log.die(str(error))
+            self.log.die(f"OSError: {error}")
         ready = self.start_engine()
         select.select([ready], [], [])
         if not os.read(ready, 1):

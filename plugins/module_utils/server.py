@@ -262,11 +262,11 @@ def resolve_service(
         for descriptor in descriptors:
             os.close(descriptor)
     if config.code != 0 or hashed.code != 0:
-        raise Problem(_explain_compose(config if config.code != 0 else hashed, project_dir))
+        raise Problem(explain_compose(config if config.code != 0 else hashed, project_dir))
     return dict(json.loads(config.out)["services"][SERVICE]), hashed.out.split()[-1]
 
 
-def _explain_compose(output: Output, project_dir: str) -> str:
+def explain_compose(output: Output, project_dir: str) -> str:
     """Say why Compose refused, without quoting a line of `.env`, which may be a secret."""
     if (
         "is not a docker command" in output.err

@@ -19,7 +19,7 @@ CONTAINER = "vllm-server"
 
 
 class Card(NamedTuple):
-    index: str
+    number: str
     uuid: str
 
 
@@ -64,7 +64,8 @@ def test_the_engine_was_asked_for_that_card_alone(container: dict[str, Any], ask
 def test_its_processes_are_on_that_card_and_no_other(
     host: Host, container: dict[str, Any], asked_card: Card
 ) -> None:
-    rows = host.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader").splitlines()
+    listing = host.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
+    rows = listing.splitlines()
     pids = {pid for pid in host.check_output(f"docker top {CONTAINER} -eo pid").split() if pid.isdigit()}
     own = {uuid for uuid, pid in (row.split(", ") for row in rows) if pid in pids}
     assert own == {asked_card.uuid}
@@ -105,9 +106,9 @@ def test_the_report_for_a_person_has_its_four_parts(host: Host, asked_card: Card
     report = host.check_output(f"{DIRECTORY}/check_gpu_allocation.sh")
     for card_model in ("RTX 5090", "RTX 5060 Ti"):
         assert card_model in report
-    assert f"asked for: '{asked_card.index}'" in report
+    assert f"asked for: '{asked_card.number}'" in report
     assert "VLLM::EngineCor" in report
-    assert f"runs on GPU {asked_card.index}" in report
+    assert f"runs on GPU {asked_card.number}" in report
 
 
 @pytest.mark.parametrize(

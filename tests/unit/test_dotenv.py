@@ -44,7 +44,9 @@ def test_merge_sets_what_is_wanted_and_keeps_the_rest(content: bytes, wanted: di
     before = list(dotenv.lines(content))
     after = list(dotenv.lines(merge_if_readable(content, wanted)))
     # Every line that doesn't decide a wanted key is there, byte for byte, in order.
-    deciding: dict[str | None, int] = {line.key: number for number, line in enumerate(before) if line.key in wanted}
+    deciding: dict[str | None, int] = {
+        one.key: number for number, one in enumerate(before) if one.key in wanted
+    }
     for number, line in enumerate(before):
         if deciding.get(line.key) != number:
             assert after[number].text == line.text

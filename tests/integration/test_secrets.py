@@ -1,0 +1,108 @@
+"""A planted secret is found in no output, diff, process list, log or artifact."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ansible_runner
+import pytest
+
+from .conftest import DIRECTORY, NAME, ROOT, GpuHost
+
+KEY = "sk-planted-4f9c1d"
+TOKEN = "hf_planted_b7e2a0"
+MINE = "planted-by-hand-93ad"
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> str:
+    """Variables as a vault would give them: a file, never the command line."""
+    path = tmp_path / "vault.yml"
+    path.write_text(f"vllm_gpu_api_key: {KEY}\nvllm_gpu_hf_token: {TOKEN}\n", encoding="utf-8")
+    return f"@{path}"
+
+
+def test_secrets_reach_the_server_and_nothing_else(clean_host: GpuHost, vault: str) -> None:
+    clean_host.look.check_output(f"mkdir -p {DIRECTORY} && echo MY_SECRET={MINE} > {DIRECTORY}/.env")
+    seen: list[str] = []
+    done = threading.Event()
+
+    def watch_processes() -> None:
+        while not done.is_set():
+            # The controller's processes and the host's: the host is a container of this machine.
+            seen.append(subprocess.check_output(["ps", "-eo", "args"], text=True))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch_processes)
+    watcher.start()
+    try:
+        outputs = [
+            clean_host.serve("-e", vault, "--check", "--diff", "-vvvvv", gpu_device_id=1).output,
+            clean_host.serve("-e", vault, "--diff", "-vvvvv", gpu_device_id=1).output,
+            clean_host.serve("-e", vault, "--diff", "-vvvvv", gpu_device_id=0).output,
+            clean_host.play("playbooks/verify.yml", "-e", vault, "-vvvvv").output,
+        ]
+        # A failing run shows the most.
+        clean_host.fault("crash=traceback")
+        outputs.append(clean_host.fail_to_serve("-e", vault, "--diff", "-vvvvv", gpu_device_id=1))
+    finally:
+        done.set()
+        watcher.join()
+    assert any("docker compose" in listing or "compose --" in listing for listing in seen)
+    for secret in (KEY, TOKEN, MINE):
+        for text in [*outputs, *seen]:
+            assert secret not in text
+        # It is where it belongs, so what was searched for was really there.
+        assert secret in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
+    assert clean_host.look.file(f"{DIRECTORY}/.env").mode == 0o600
+    clean_host.fault("--clear")
+
+
+def test_secrets_are_in_no_artifact_of_the_runner(clean_host: GpuHost, vault: str, tmp_path: Path) -> None:
+    (tmp_path / "runner").mkdir()
+    run = ansible_runner.run(
+        private_data_dir=str(tmp_path / "runner"),
+        project_dir=str(ROOT),
+        playbook="serve.yml",
+        inventory=str(clean_host.inventory),
+        cmdline=f"-e {vault} -e gpu_device_id=1 --diff",
+        envvars={
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        },
+        verbosity=5,
+        quiet=True,
+    )
+    assert run.status == "successful"
+    artifacts = [path for path in (tmp_path / "runner/artifacts").rglob("*") if path.is_file()]
+    assert len(artifacts) > 5
+    for path in artifacts:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert KEY not in text, path
+        assert TOKEN not in text, path
+
+
+def test_the_api_key_is_asked_for(clean_host: GpuHost, vault: str) -> None:
+    clean_host.serve("-e", vault, gpu_device_id=1)
+    models = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
+    assert clean_host.look.check_output(models) == "401"
+    assert clean_host.look.check_output(f"{models} -H 'Authorization: Bearer {KEY}'") == "200"
+    # A second run knows the key from the host's .env, and changes nothing.
+    assert clean_host.serve(gpu_device_id=1).changed == 0
+
+
+def test_an_empty_key_removes_it(clean_host: GpuHost, vault: str) -> None:
+    clean_host.serve("-e", vault, gpu_device_id=1)
+    clean_host.serve(gpu_device_id=1, vllm_gpu_api_key="")
+    assert "VLLM_API_KEY=\n" in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
+    assert clean_host.look.check_output("curl -sf http://127.0.0.1:8000/v1/models")
+
+
+def test_the_inventory_of_the_host_checks_its_key(started: GpuHost) -> None:
+    config = (ROOT / f".cache/simulated-hosts/{NAME}/ssh_config").read_text(encoding="utf-8")
+    assert "StrictHostKeyChecking yes" in config
+    assert started.look.check_output("true") == ""

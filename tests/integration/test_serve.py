@@ -1,0 +1,268 @@
+"""serve.yml against a simulated GPU host: what it changes, and what it doesn't."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import DIRECTORY, NAME, ROOT, GpuHost, gpuhost
+
+
+def test_check_mode_on_a_host_that_was_never_provisioned(clean_host: GpuHost) -> None:
+    result = clean_host.serve("--check", "--diff", gpu_device_id=1)
+    assert "the container would be created" in result.output
+    assert f"{DIRECTORY}/.env is new" in result.output
+    assert "+GPU_DEVICE_ID=1" in result.output
+    assert not clean_host.look.file(DIRECTORY).exists
+    assert clean_host.container() == ""
+
+
+def test_check_mode_on_a_provisioned_host(served: GpuHost) -> None:
+    before = (served.container(), served.files())
+    result = served.serve("--check", "--diff", gpu_device_id=1)
+    assert "GPU 0 → 1; the container would be recreated" in result.output
+    assert "-GPU_DEVICE_ID=0" in result.output
+    assert "+GPU_DEVICE_ID=1" in result.output
+    assert (served.container(), served.files()) == before
+
+
+def test_check_mode_where_nothing_would_change(served: GpuHost) -> None:
+    result = served.serve("--check", "--diff", gpu_device_id=0)
+    assert result.changed == 0
+    assert "would be" not in result.output
+
+
+def test_a_second_run_changes_nothing(served: GpuHost) -> None:
+    before = (served.container(), served.files())
+    assert served.serve(gpu_device_id=0).changed == 0
+    assert (served.container(), served.files()) == before
+
+
+def test_an_existing_env_keeps_its_keys_comments_and_order(clean_host: GpuHost) -> None:
+    mine = "# by hand\nMY_KEY='keep $me'\nexport GPU_DEVICE_ID=0\n\n# last\nVLLM_PORT=8000 # usual\nZ=\xe4"
+    clean_host.look.check_output(f"mkdir -p {DIRECTORY}")
+    clean_host.look.run(f"printf '%s' {shell(mine)} > {DIRECTORY}/.env")
+    clean_host.serve(gpu_device_id=1)
+    lines = clean_host.look.check_output(f"cat {DIRECTORY}/.env").splitlines()
+    assert lines[:7] == mine.replace("ID=0", "ID=1").splitlines()
+    assert clean_host.served_gpu() == "1"
+    assert clean_host.look.file(f"{DIRECTORY}/.env").mode == 0o600
+
+
+def test_a_comment_in_env_does_not_recreate_the_server(served: GpuHost) -> None:
+    before = served.container()
+    served.look.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
+    assert served.serve(gpu_device_id=0).changed == 0
+    assert served.container() == before
+    assert "# a note" in served.look.check_output(f"cat {DIRECTORY}/.env")
+
+
+def test_a_key_of_mine_that_compose_reads_recreates_it(served: GpuHost) -> None:
+    before = served.container()
+    served.look.check_output(f"sed -i s/^HF_TOKEN=.*/HF_TOKEN=hf_mine/ {DIRECTORY}/.env")
+    served.serve(gpu_device_id=0)
+    assert served.container() != before
+    assert "HF_TOKEN=hf_mine" in served.look.check_output(f"cat {DIRECTORY}/.env")
+
+
+def test_a_hand_edited_compose_file_is_put_right(served: GpuHost) -> None:
+    path = f"{DIRECTORY}/docker-compose.serving.yml"
+    served.look.check_output(f"sed -i 's/device_ids:.*/count: 1/' {path}")
+    served.serve(gpu_device_id=0)
+    assert "device_ids: ['${GPU_DEVICE_ID:-0}']" in served.look.check_output(f"cat {path}")
+    assert served.served_gpu() == "0"
+
+
+def test_files_without_their_server_are_finished_by_the_next_run(served: GpuHost) -> None:
+    # As after a play that was killed between writing and recreating.
+    served.look.check_output(f"sed -i s/^GPU_DEVICE_ID=.*/GPU_DEVICE_ID=1/ {DIRECTORY}/.env")
+    assert served.served_gpu() == "0"
+    served.serve(gpu_device_id=1)
+    assert served.served_gpu() == "1"
+
+
+def test_a_uuid_names_a_card(served: GpuHost) -> None:
+    uuid = served.look.check_output("nvidia-smi -i 1 --query-gpu=uuid --format=csv,noheader").strip()
+    served.serve(gpu_device_id=uuid)
+    assert served.served_gpu() == "1"
+    requests = served.look.check_output("docker inspect -f '{{json .HostConfig.DeviceRequests}}' vllm-server")
+    assert f'"DeviceIDs":["{uuid}"]' in requests
+
+
+def test_the_wait_goes_on_while_the_model_loads_and_says_so(served: GpuHost) -> None:
+    served.fault("start_delay=8")
+    result = served.serve(gpu_device_id=1)
+    assert f"{NAME}: " in result.output
+    assert "waiting: " in result.output
+    assert "Loading safetensors" in result.output
+    assert served.served_gpu() == "1"
+
+
+def test_the_wait_ends_at_once_when_the_server_dies(served: GpuHost) -> None:
+    served.fault("crash=oom")
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_start_timeout=600)
+    assert "The server died with exit code 1" in output
+    assert "torch.OutOfMemoryError: CUDA out of memory" in output
+    assert "was not ready after" not in output
+
+
+def test_the_wait_ends_in_time(served: GpuHost) -> None:
+    served.fault("health=503")
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_start_timeout=4)
+    assert "The server was not ready after 4 s" in output
+    assert "/health answers 503" in output
+
+
+def test_another_model_than_asked_for_is_no_success(served: GpuHost) -> None:
+    served.fault("serve_as=acme/other")
+    output = served.fail_to_serve(gpu_device_id=1)
+    assert "it serves acme/other, not Qwen/Qwen3-0.6B" in output
+
+
+def test_a_missing_image_leaves_the_old_server_running(served: GpuHost) -> None:
+    before = served.container()
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_image="vllm/vllm-openai:v0.99.0")
+    assert "Pull vllm/vllm-openai:v0.99.0" in output
+    assert served.container() == before
+
+
+def test_an_image_that_is_there_is_not_pulled(served: GpuHost) -> None:
+    gpuhost("load", NAME, "vllm/vllm-openai:v0.31.0")
+    result = served.serve(gpu_device_id=0, vllm_gpu_image="vllm/vllm-openai:v0.31.0")
+    assert "Pull " not in result.output
+    assert served.look.check_output("docker inspect -f '{{.Config.Image}}' vllm-server") == (
+        "vllm/vllm-openai:v0.31.0"
+    )
+
+
+def test_extra_arguments_reach_the_server_word_by_word(served: GpuHost) -> None:
+    words = ["--served-model-name", "my chat", "it's", "--max-model-len", "512"]
+    served.serve("-e", f'{{"vllm_gpu_extra_args": {words!r}}}'.replace("'", '"').replace('it"s', "it's"))
+    arguments = served.look.check_output("docker inspect -f '{{json .Args}}' vllm-server")
+    assert '"--served-model-name","my chat","it\'s","--max-model-len","512"' in arguments
+    models = served.look.check_output("curl -s http://127.0.0.1:8000/v1/models")
+    assert '"id":"my chat"' in models
+
+
+def test_what_the_host_exports_does_not_beat_the_inventory(served: GpuHost, tmp_path: Path) -> None:
+    playbook = exporting(tmp_path, "GPU_DEVICE_ID", "0")
+    result = served.play(str(playbook), gpu_device_id=1)
+    assert result.code == 0, result.output
+    assert served.served_gpu() == "1"
+
+
+def test_a_secret_that_the_host_exports_is_refused(served: GpuHost, tmp_path: Path) -> None:
+    before = served.container()
+    result = served.play(str(exporting(tmp_path, "HF_TOKEN", "hf_exported")), gpu_device_id=1)
+    assert result.code != 0
+    assert "HF_TOKEN is exported" in result.output
+    assert served.container() == before
+
+
+@pytest.fixture
+def foreign(clean_host: GpuHost) -> Iterator[GpuHost]:
+    """A host where somebody else's container has the server's name."""
+    clean_host.look.check_output(
+        "docker run -d --name vllm-server --entrypoint sleep vllm/vllm-openai:v0.32.0 600"
+    )
+    yield clean_host
+    clean_host.look.check_output("docker rm -f vllm-server")
+
+
+def test_a_container_of_somebody_else_is_left_alone(foreign: GpuHost) -> None:
+    before = foreign.container()
+    output = foreign.fail_to_serve(gpu_device_id=1)
+    assert "is there already, of no Compose project" in output
+    assert "docker rm -f vllm-server" in output
+    assert foreign.container() == before
+    assert not foreign.look.file(DIRECTORY).exists
+
+
+def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
+    before = served.container()
+    served.look.check_output(f'echo "MY_SECRET=\'s3cr3t-never-closed" >> {DIRECTORY}/.env')
+    output = served.fail_to_serve(gpu_device_id=1)
+    assert "the quote after MY_SECRET= is never closed" in output
+    assert "s3cr3t" not in output
+    assert served.container() == before
+    served.look.check_output(f"sed -i '/MY_SECRET/d' {DIRECTORY}/.env")
+
+
+def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
+    done = subprocess.run(
+        [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "-e", "gpu_device_id=1"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "nvidia-smi is not installed" in done.stdout
+    assert "localhost was left as it is" in done.stdout
+
+
+def test_verify_changes_nothing_and_says_where_the_server_is(served: GpuHost) -> None:
+    before = (served.container(), served.files())
+    result = served.play("playbooks/verify.yml")
+    assert result.code == 0, result.output
+    assert result.changed == 0
+    assert "runs on GPU 0" in result.output
+    assert (served.container(), served.files()) == before
+
+
+def test_verify_judges_what_was_installed_unless_told_otherwise(served: GpuHost) -> None:
+    served.serve(gpu_device_id=1)
+    assert served.play("playbooks/verify.yml").code == 0
+    result = served.play("playbooks/verify.yml", gpu_device_id=0)
+    assert result.code != 0
+    assert "runs on GPU 1" in result.output
+    assert "not on GPU 0" in result.output
+
+
+def test_verify_fails_when_the_server_is_gone_or_unlike_its_files(served: GpuHost) -> None:
+    served.look.check_output(f"sed -i s/^GPU_DEVICE_ID=.*/GPU_DEVICE_ID=1/ {DIRECTORY}/.env")
+    result = served.play("playbooks/verify.yml")
+    assert result.code != 0
+    assert "made from other settings" in result.output
+    served.look.check_output("docker stop vllm-server")
+    result = served.play("playbooks/verify.yml")
+    assert result.code != 0
+    assert "The container is exited" in result.output
+
+
+def test_teardown_removes_what_was_installed_keeps_the_caches_and_is_idempotent(served: GpuHost) -> None:
+    served.look.check_output(f"touch {DIRECTORY}/mine")
+    result = served.play("playbooks/teardown.yml")
+    assert result.code == 0, result.output
+    assert "vllm_huggingface-cache" in result.output
+    assert served.container() == ""
+    assert served.look.check_output(f"ls -A {DIRECTORY}") == "mine"
+    assert "vllm_huggingface-cache" in served.look.check_output("docker volume ls -q")
+    assert served.play("playbooks/teardown.yml").changed == 0
+    served.look.check_output(f"rm {DIRECTORY}/mine")
+    served.play("playbooks/teardown.yml")
+    assert not served.look.file(DIRECTORY).exists
+
+
+def test_a_stopped_server_is_started_again(served: GpuHost) -> None:
+    served.look.check_output("docker stop vllm-server")
+    time.sleep(1)
+    served.serve(gpu_device_id=0)
+    assert served.served_gpu() == "0"
+
+
+def shell(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def exporting(directory: Path, key: str, value: str) -> Path:
+    """A play in whose environment the host exports a key, as /etc/environment would."""
+    playbook = directory / "exporting.yml"
+    playbook.write_text(
+        "- hosts: vllm_gpu\n  gather_facts: false\n  become: true\n"
+        f"  environment: {{{key}: '{value}'}}\n"
+        "  roles: [mlops.vllm_gpu.vllm_gpu]\n",
+        encoding="utf-8",
+    )
+    return playbook

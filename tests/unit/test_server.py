@@ -1,0 +1,132 @@
+"""Reading a host: what names a GPU, what the API must list, what Compose says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+UUIDS = ["GPU-5090a1c4-3f0e-4b7d-9a52-6e1d70c8b2f3", "GPU-5060b7e9-81d2-4c6f-b03a-2d94f5a7c1e8"]
+GPUS: list[dict[str, Any]] = [
+    {"index": index, "uuid": uuid, "name": f"Card {index}"} for index, uuid in enumerate(UUIDS)
+]
+
+
+@pytest.mark.parametrize(("requested", "index"), [("0", 0), ("1", 1), (UUIDS[0], 0), (UUIDS[1], 1)])
+def test_an_index_or_a_uuid_names_one_card(requested: str, index: int) -> None:
+    assert server.find_gpu(requested, GPUS)["index"] == index
+
+
+@given(st.one_of(st.text(), st.from_regex(r"[0-9 ,.\-]{1,6}"), st.sampled_from(UUIDS).map(str.upper)))
+@example("01")
+@example(" 1")
+@example("1 ")
+@example("1\n")
+@example("1.0")
+@example("0,1")
+@example("-1")
+@example("all")
+@example("True")
+@example("１")  # noqa: RUF001 - that is the point
+@example("²")
+@example("9" * 400)
+@example("1\x00")
+@example("$(id)")
+@example("GPU-5090a1c4")
+def test_everything_else_is_refused_with_the_choice(requested: str) -> None:
+    if requested in ("0", "1", *UUIDS):
+        return
+    with pytest.raises(server.Problem) as refusal:
+        server.find_gpu(requested, GPUS)
+    text = str(refusal.value)
+    assert f"It could be 0 (Card 0, {UUIDS[0]}) or 1 (Card 1, {UUIDS[1]})." in text
+    # Whatever was typed can't drive the terminal that shows the message.
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["org/model", "--port", "8000"], ["org/model"]),
+        (["org/model", "--served-model-name", "a", "b", "--port", "1"], ["a", "b"]),
+        (["org/model", "--served-model-name=a"], ["a"]),
+        (["/models/tiny"], ["/models/tiny"]),
+    ],
+)
+def test_served_names(arguments: list[str], names: list[str]) -> None:
+    assert server.served_names({"command": arguments}) == names
+
+
+@pytest.mark.parametrize(
+    ("port", "url"),
+    [
+        ({"published": "8000", "host_ip": "127.0.0.1"}, "http://127.0.0.1:8000"),
+        ({"published": "9000"}, "http://127.0.0.1:9000"),
+        ({"published": "9000", "host_ip": "0.0.0.0"}, "http://127.0.0.1:9000"),  # noqa: S104
+        ({"published": "9000", "host_ip": "10.0.0.5"}, "http://10.0.0.5:9000"),
+        ({"published": "9000", "host_ip": "::"}, "http://[::1]:9000"),
+    ],
+)
+def test_where_the_api_answers(port: dict[str, str], url: str) -> None:
+    assert server.base_url({"ports": [port]}) == url
+
+
+def test_what_compose_says_of_an_env_file_is_not_quoted() -> None:
+    said = 'failed to read /proc/7/fd/4: line 12: unexpected character "\'" in variable name "s3cr3t"'
+    explained = server.explain_compose(server.Output(1, "", said), "/opt/vllm-gpu")
+    assert explained == "/opt/vllm-gpu/.env can't be read by Compose: look at line 12 of it."
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "docker: 'compose' is not a docker command.",
+        "unknown shorthand flag: 'f' in -f",
+        "unknown flag: --file",
+    ],
+)
+def test_a_missing_plugin_is_named(said: str) -> None:
+    assert "no Compose plugin" in server.explain_compose(server.Output(1, "", said), "/opt/vllm-gpu")
+
+
+def test_a_command_that_does_not_exist_or_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.run(["/no/such/program"]).code == 127
+    monkeypatch.setattr(server, "_ENGINE_TIMEOUT", 0.2)
+    assert server.run(["sleep", "5"]) == server.Output(None, "", "no answer in 0.2 s")
+
+
+def test_nothing_of_a_command_goes_through_a_shell() -> None:
+    assert server.run(["printf", "%s", "$HOME;id"]).out == "$HOME;id"
+
+
+def test_changes_are_told_without_secrets() -> None:
+    wanted = {"env": {"GPU_DEVICE_ID": "1", "VLLM_PORT": "8000"}, "secrets": {"VLLM_API_KEY": "new-s3cr3t"}}
+    before = b"GPU_DEVICE_ID=0\nVLLM_PORT=8000\nVLLM_API_KEY=old-s3cr3t\n"
+    after = before.replace(b"ID=0", b"ID=1").replace(b"old", b"new")
+    change = server.FileChange("/opt/vllm-gpu/.env", before, after, 0o600, differs=True)
+    assert server.describe_changes([change], wanted) == ["GPU 0 → 1", "VLLM_API_KEY changes"]
+
+
+def test_a_file_with_another_mode_differs(tmp_path: Path) -> None:
+    wanted = {
+        "project_dir": str(tmp_path),
+        "compose": "services: {}\n",
+        "referee": "#!/bin/bash\n",
+        "env_example": "# example\nGPU_DEVICE_ID=0\n",
+        "env": {"GPU_DEVICE_ID": "0"},
+        "secrets": {},
+    }
+    files = server.compare_files(wanted)
+    assert [change.differs for change in files] == [True, True, True]
+    for change in files:
+        with open(change.path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write(change.after)
+        Path(change.path).chmod(change.mode)
+    assert [change.differs for change in server.compare_files(wanted)] == [False, False, False]
+    (tmp_path / ".env").chmod(0o644)
+    assert [change.differs for change in server.compare_files(wanted)] == [False, True, False]
