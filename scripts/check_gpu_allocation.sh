@@ -640,8 +640,7 @@ main() {
 }
 
 # bash itself ends with 1 when it stumbles over a script. That must not pass for a verdict.
-# shellcheck disable=SC2317 # the trap calls it
-# shellcheck disable=SC2329 # the trap calls it
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 unjudged() { ((judged)) || exit 3; }
 trap unjudged EXIT
 main "$@"
