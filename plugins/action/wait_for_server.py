@@ -11,9 +11,11 @@ from ansible.utils.display import Display
 
 display = Display()
 
-_LOG_LINES = 15
+_LOG_LINES = 10
 # How often to say that nothing has changed; seconds.
 _REMINDER = 10
+# How long a server that is ready may be on no card; seconds.
+_ON_NO_CARD = 20
 
 
 def verdict(state: dict[str, Any], first_restarts: int) -> str | None:
@@ -23,14 +25,24 @@ def verdict(state: dict[str, Any], first_restarts: int) -> str | None:
     container = state["container"]
     if container is None:
         return "The container is gone."
-    if container["restarts"] > first_restarts or container["status"] not in ("running", "created"):
+    if container["oom_killed"]:
+        return "The host ran out of memory, and its kernel killed the server."
+    if container["status"] not in ("running", "created"):
         detail = f" ({container['error']})" if container["error"] else ""
         return f"The server died with exit code {container['exit_code']}{detail}."
-    # On another card it will not move; a server that is ready and on no card
-    # at all, or that serves another model, will not mend itself either.
-    if state["referee"].get("code") == 1:
-        return str(state["referee"]["message"])
-    if state["api"]["healthy"] and state["api"]["error"]:
+    if container["restarts"] > first_restarts:
+        # The engine has forgotten the exit code by now.
+        return (
+            f"The server died, and its restart policy has started it again ({container['restarts']} times)."
+        )
+    return misplaced(state)
+
+
+def misplaced(state: dict[str, Any]) -> str | None:
+    """Return what is wrong with a server that will not mend itself, or None."""
+    if state["referee"]["code"] == 1:
+        return "{message} {cure}".format(**state["referee"])
+    if state["referee"]["code"] == 0 and state["api"]["healthy"] and state["api"]["error"]:
         return f"The server answers, but {state['api']['error']}."
     return None
 
@@ -47,7 +59,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         timeout, interval = int(arguments.pop("timeout", 1800)), int(arguments.pop("interval", 2))
         host = (task_vars or {}).get("inventory_hostname", "host")
         started = time.monotonic()
-        said, said_at, restarts = "", 0.0, None
+        # Restarts of a container that was there before are old news.
+        before = arguments.pop("before", None) or {}
+        said, said_at, ready_at = "", 0.0, 0.0
         while True:
             state = self._execute_module(
                 module_name="mlops.vllm_gpu.server_info",
@@ -58,15 +72,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             result.update(state, elapsed=round(elapsed))
             if state.get("failed") or state.get("unreachable") or state["proven"]:
                 return result
-            if restarts is None:
-                restarts = state["container"]["restarts"] if state["container"] else 0
-            reason = verdict(state, restarts)
+            same = state["container"] and state["container"]["id"] == before.get("id")
+            reason = verdict(state, before["restarts"] if same else 0)
+            if not state["api"]["healthy"]:
+                ready_at = elapsed
+            elif reason is None and elapsed - ready_at > _ON_NO_CARD:
+                reason = "The API is ready, but {message} {cure}".format(**state["referee"])
             if reason is None and elapsed > timeout:
                 reason = f"The server was not ready after {timeout} s: {state['doubts'][0]}"
             if reason:
                 log = "".join(f"\n  {line}" for line in state["log"])
                 tail = f"\nThe last lines of its log:{log}" if log else ""
-                return {"failed": True, "msg": f"{host}: {reason}{tail}", "elapsed": round(elapsed)}
+                # The message says it all; the whole state would bury it.
+                unproven = {"proven": False, "recorded": False, "elapsed": round(elapsed)}
+                return {**unproven, "failed": True, "msg": f"{host}: {reason}{tail}"}
             now = state["doubts"][0]
             if now != said or elapsed - said_at > _REMINDER:
                 last = f" | {state['log'][-1].strip()}" if state["log"] else ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Change a `.env` file without losing a byte that isn't ours.
 
-Compose itself is the judge of what a `.env` *means* (see host.py, which asks
+Compose itself is the judge of what a `.env` *means* (see server.py, which asks
 `docker compose config`); this module only finds the line that decides a key
 and replaces that one line. It works on bytes: a user's file may hold any
 encoding and any line ending.

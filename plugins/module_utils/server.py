@@ -7,16 +7,17 @@ it changes anything, in check mode, and afterwards as the proof.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
 import stat
-import subprocess
 import urllib.error
 import urllib.request
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell
 
 COMPOSE_FILE = "docker-compose.serving.yml"
 ENV_FILE = ".env"
@@ -24,8 +25,6 @@ REFEREE = "check_gpu_allocation.sh"
 SERVICE = "vllm"
 CONTAINER = "vllm-server"
 
-# One call of the docker CLI; seconds. An engine that takes longer is stuck.
-_ENGINE_TIMEOUT = 20
 _API_TIMEOUT = 5
 _UUID = r"GPU-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _GPU_ID = re.compile(r"(?:0|[1-9][0-9]{0,2}|" + _UUID + r")\Z", re.ASCII)
@@ -47,10 +46,12 @@ _HOST_CAUSES = (
     "engine_not_running",
     "engine_permission",
 )
+_VERDICT = ("verdict", "code", "cause", "message", "cure", "processes", "other_processes")
+_OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
 _INSPECT = (
     '{"id":{{json .Id}},"state":{{json .State}},"image_id":{{json .Image}},'
     '"image":{{json .Config.Image}},"labels":{{json .Config.Labels}},'
-    '"restarts":{{json .RestartCount}},"requests":{{json .HostConfig.DeviceRequests}}}'
+    '"restarts":{{json .RestartCount}},"ports":{{json .HostConfig.PortBindings}},"requests":{{json .HostConfig.DeviceRequests}}}'
 )
 
 WANTED_OPTIONS: Dict[str, Any] = {
@@ -61,14 +62,6 @@ WANTED_OPTIONS: Dict[str, Any] = {
     "env": {"type": "dict", "required": True},
     "secrets": {"type": "dict", "default": {}, "no_log": True},
 }
-
-
-class Output(NamedTuple):
-    """What a command left behind; `code` is None when it ran into its time limit."""
-
-    code: Optional[int]
-    out: str
-    err: str
 
 
 class FileChange(NamedTuple):
@@ -83,23 +76,6 @@ class FileChange(NamedTuple):
 
 class Problem(Exception):  # noqa: N818 - it is a finding, for a person
     """A reason not to touch the host, with its cure, as one text for a person."""
-
-
-def run(argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None) -> Output:
-    """Run `argv` without a shell, for at most the engine's time limit."""
-    try:
-        done = subprocess.run(
-            argv, input=stdin, capture_output=True, timeout=_ENGINE_TIMEOUT, check=False, env=env
-        )
-    except subprocess.TimeoutExpired:
-        return Output(None, "", "no answer in {0} s".format(_ENGINE_TIMEOUT))
-    except OSError as error:
-        return Output(127, "", str(error))
-    return Output(
-        done.returncode,
-        done.stdout.decode("utf-8", "replace"),
-        done.stderr.decode("utf-8", "replace").strip(),
-    )
 
 
 def describe(gpus: Sequence[Mapping[str, Any]]) -> str:
@@ -132,7 +108,7 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
     also before it was ever installed there.
     """
     argv = ["bash", "-s", "--", "--json", "--container", CONTAINER]
-    output = run(argv + (["--expect", expect] if expect is not None else []), script.encode())
+    output = shell.run(argv + (["--expect", expect] if expect is not None else []), script.encode())
     try:
         verdict = json.loads(output.out)
     except ValueError:
@@ -256,38 +232,50 @@ def resolve_service(
         paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
         base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
         base += ["--file", paths[0], "--env-file", paths[1], "config"]
-        config = run([*base, "--format", "json"], env=env)
-        hashed = run([*base, "--hash", SERVICE], env=env)
+        config = shell.run([*base, "--format", "json"], env=env)
+        hashed = shell.run([*base, "--hash", SERVICE], env=env)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     if config.code != 0 or hashed.code != 0:
-        raise Problem(explain_compose(config if config.code != 0 else hashed, project_dir))
+        failed = config if config.code != 0 else hashed
+        raise Problem(
+            explain_compose(
+                failed.err.replace(paths[0], COMPOSE_FILE), paths[1], by_name[ENV_FILE], project_dir
+            )
+        )
     return dict(json.loads(config.out)["services"][SERVICE]), hashed.out.split()[-1]
 
 
-def explain_compose(output: Output, project_dir: str) -> str:
-    """Say why Compose refused, without quoting a line of `.env`, which may be a secret."""
-    if (
-        "is not a docker command" in output.err
-        or "unknown shorthand flag" in output.err
-        or "unknown flag" in output.err
-    ):
+def explain_compose(said: str, env_path: str, env: bytes, project_dir: str) -> str:
+    """Say why Compose refused, without quoting a value of `.env`, which may be a secret."""
+    if re.search("is not a docker command|unknown shorthand flag|unknown flag", said):
         return (
             "Docker has no Compose plugin here (`docker compose version` fails). Install the package "
             "docker-compose-plugin, docker-compose-v2 or docker-compose of your distribution, 2.18 or newer."
         )
-    where = re.search(r"/proc/\d+/fd/\d+: line (\d+)|line (\d+)", output.err)
-    if where:
-        return "{0}/{1} can't be read by Compose: look at line {2} of it.".format(
-            project_dir, ENV_FILE, where.group(1) or where.group(2)
+    if env_path in said:
+        line = re.search(r"line (\d+)", said)
+        where = (
+            "look at line {0} of it".format(line.group(1)) if line else "a value with a $ needs single quotes"
         )
-    return "Compose refuses the configuration in {0}: {1}".format(project_dir, output.err)
+        return "{0}/{1} can't be read by Compose: {2}.".format(project_dir, ENV_FILE, where)
+    volume = re.search(r"undefined volume ([\w.-]+)", said)
+    if volume:
+        return (
+            "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
+            "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
+        )
+    for one in dotenv.lines(env):
+        text = one.value.decode("utf-8", "replace").strip(" '\"")
+        if len(text) > 3:  # shorter ones are numbers, and words like `no`
+            said = said.replace(text, "(hidden)")
+    return "Compose refuses the configuration for {0}: {1}".format(project_dir, said)
 
 
 def inspect_container() -> Optional[Dict[str, Any]]:
     """Return the server's container, or None; never its environment, which holds secrets."""
-    output = run(["docker", "inspect", "--type", "container", "--format", _INSPECT, CONTAINER])
+    output = shell.run(["docker", "inspect", "--type", "container", "--format", _INSPECT, CONTAINER])
     if output.code != 0:
         return None
     raw = json.loads(output.out)
@@ -297,9 +285,11 @@ def inspect_container() -> Optional[Dict[str, Any]]:
         "status": raw["state"]["Status"],
         "exit_code": raw["state"]["ExitCode"],
         "error": raw["state"].get("Error", ""),
+        "oom_killed": raw["state"].get("OOMKilled", False),
         "started_at": raw["state"]["StartedAt"],
         "health": (raw["state"].get("Health") or {}).get("Status"),
         "restarts": raw["restarts"],
+        "ports": [int(one["HostPort"]) for bound in (raw["ports"] or {}).values() for one in bound],
         "image": raw["image"],
         "image_id": raw["image_id"],
         "project": labels.get("com.docker.compose.project"),
@@ -312,14 +302,16 @@ def inspect_container() -> Optional[Dict[str, Any]]:
 
 def image_id(image: str) -> Optional[str]:
     """Return the id of an image that the engine has, or None where it would be pulled."""
-    output = run(["docker", "image", "inspect", "--format", "{{.Id}}", image])
+    output = shell.run(["docker", "image", "inspect", "--format", "{{.Id}}", image])
     return output.out.strip() if output.code == 0 else None
 
 
-def log_tail(count: int = 20) -> List[str]:
+def log_tail(count: int) -> List[str]:
     """Return the last lines of the server's log, both streams."""
-    output = run(["docker", "logs", "--tail", str(count), CONTAINER])
-    return (output.out + output.err).splitlines()[-count:]
+    output = shell.run(["docker", "logs", "--tail", str(10 * count), CONTAINER])
+    lines = (output.out + "\n" + output.err).splitlines()
+    # Our own looks at the API are no news.
+    return [line for line in lines if line.strip() and not _OWN_REQUESTS.search(line)][-count:]
 
 
 def base_url(service: Mapping[str, Any]) -> str:
@@ -358,11 +350,12 @@ def _get(url: str, key: str) -> Tuple[int, bytes]:
             return int(error.code), b""
 
 
-def probe_api(service: Mapping[str, Any]) -> Dict[str, Any]:
+def probe_api(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
     """Return what the API says; `error` is None when every rung holds.
 
-    The rungs: /health (the engine lives), /v1/models with our key (our model
-    is the one served), and without it (the key is really asked for).
+    The rungs: /health (the engine lives), and, once it is `placed`, /v1/models
+    with our key (our model is the one served), and without it (the key is
+    really asked for).
     """
     url = base_url(service)
     key = str((service.get("environment") or {}).get("VLLM_API_KEY") or "")
@@ -372,6 +365,8 @@ def probe_api(service: Mapping[str, Any]) -> Dict[str, Any]:
         if code != 200:
             raise Problem("/health answers {0}".format(code))
         result["healthy"] = True
+        if not placed:
+            return dict(result, error="it was not asked for its models, before its GPU is known")
         code, body = _get(url + "/v1/models", key)
         if code != 200:
             raise Problem("/v1/models answers {0}{1}".format(code, " to the API key in .env" if key else ""))
@@ -383,7 +378,7 @@ def probe_api(service: Mapping[str, Any]) -> Dict[str, Any]:
             raise Problem("/v1/models answers without the API key that .env sets")
     except Problem as problem:
         result["error"] = str(problem)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         result["error"] = "no answer from {0} ({1})".format(url, getattr(error, "reason", error))
     return result
 
@@ -399,24 +394,68 @@ def exported_secrets(wanted: Mapping[str, Any]) -> List[str]:
     return [key for key in sorted({*known, *wanted["secrets"]}) if os.environ.get(key)]
 
 
-def read(
-    gpu_device_id: Optional[str], wanted: Mapping[str, Any], *, as_installed: bool = False
-) -> Dict[str, Any]:
+def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: Dict[str, Any]) -> None:
+    """Ask the referee; fill in `referee`, `gpus` and `gpu`, and what is wrong with them."""
+    plain = gpu_device_id is None or bool(_GPU_ID.match(gpu_device_id))
+    verdict = referee(wanted["referee"], gpu_device_id if plain else None)
+    state["referee"] = {key: verdict.get(key) for key in _VERDICT}
+    state["gpus"] = verdict.get("gpus") or []
+    if verdict.get("cause") in _HOST_CAUSES:
+        raise Problem("{message} {cure}".format(**verdict))
+    asked = (verdict.get("container") or {}).get("requested") or []
+    if gpu_device_id is not None:
+        state["gpu"] = find_gpu(gpu_device_id, state["gpus"])
+    elif len(asked) == 1:
+        with contextlib.suppress(Problem):
+            state["gpu"] = find_gpu(asked[0], state["gpus"])
+
+
+def read_service(
+    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any]
+) -> Tuple[Dict[str, Any], str]:
+    """Compare the container with the wanted service; return that, and its config hash."""
+    project = str(wanted["env"]["COMPOSE_PROJECT_NAME"])
+    service, config_hash = resolve_service(files, wanted["project_dir"], project)
+    state["image"] = service["image"]
+    wanted_image = image_id(service["image"])
+    state["image_present"] = wanted_image is not None
+    container = state["container"] = inspect_container()
+    if container and container["project"] != project:
+        owner = (
+            "the Compose project " + container["project"] if container["project"] else "no Compose project"
+        )
+        raise Problem(
+            "A container named {0} is there already, of {1}. It is not this role's to replace; when nobody "
+            "needs it, remove it with: docker rm -f {0}".format(CONTAINER, owner)
+        )
+    if container:
+        state["recreate"] = container["config_hash"] != config_hash or container["image_id"] != wanted_image
+        # A container that will be replaced listens where it was told before.
+        if container["status"] == "running" and not state["recreate"]:
+            state["api"] = probe_api(service, placed=state["referee"]["code"] == 0)
+    return service, config_hash
+
+
+def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any) -> Dict[str, Any]:
     """Take the one look: what is there, what is wanted, and what would change.
 
     Args:
         gpu_device_id: index or UUID of the card; None means the one that the
             container asked for.
         wanted: WANTED_OPTIONS, filled in.
-        as_installed: judge the server by the files that the host has, not by
-            the ones in `wanted`.
+        options: `as_installed` judges the server by the files that the host
+            has, not by `wanted`; `preflight` asks for every check that a
+            change needs, `force` leaves some out, `training_gpus` are ids.
 
     Returns:
         `problems` (texts with their cures; nothing may be changed while there
         are any), `gpus`, `gpu` (the asked card), `changes` (sentences),
         `files_differ`, `recreate` (the container isn't the wanted one),
-        `image_present`, `container`, `referee` (its verdict), `api`, and
-        `proven`: the wanted container runs, on that card and no other, and
+        `action` (what brings the wanted server up),
+        `image_present`, `container`, `referee` (its verdict), `api`,
+        `last_proven` (its record), `recorded` (it is what runs now), `proof`
+        (what to record), `doubts` (what keeps the server from being proven),
+        and `proven`: the wanted container runs, on that card and no other, and
         its API answers.
     """
     problems: List[str] = []
@@ -427,67 +466,84 @@ def read(
         "changes": [],
         "files_differ": False,
         "recreate": True,
+        "action": "create",
         "image": "",
         "image_present": False,
         "container": None,
-        "referee": {},
+        "referee": dict.fromkeys(_VERDICT),
         "api": {"url": "", "healthy": False, "models": [], "error": "it was not asked"},
         "doubts": [],
         "proven": False,
+        "proof": {},
+        "recorded": False,
+        "last_proven": None,
     }
-    plain = gpu_device_id is None or bool(_GPU_ID.match(gpu_device_id))
     try:
-        verdict = referee(wanted["referee"], gpu_device_id if plain else None)
+        read_cards(gpu_device_id, wanted, state)
     except Problem as problem:
         problems.append(str(problem))
-        return state
-    state["referee"] = {
-        key: verdict.get(key) for key in ("verdict", "code", "cause", "message", "cure", "processes")
-    }
-    state["gpus"] = verdict.get("gpus") or []
-    if verdict.get("cause") in _HOST_CAUSES:
-        problems.append("{message} {cure}".format(**verdict))
-    elif gpu_device_id is not None:
-        try:
-            state["gpu"] = find_gpu(gpu_device_id, state["gpus"])
-        except Problem as problem:
-            problems.append(str(problem))
     problems.extend(
         "{0} is exported in the environment of the user that Ansible becomes on this host, and would "
         "beat .env. Unset it there (look in /etc/environment and the shell's profile).".format(key)
         for key in exported_secrets(wanted)
     )
+    last = record.load(wanted["project_dir"], "current")
+    state["last_proven"] = last.record if last else None
+    as_installed = options.get("as_installed", False)
     try:
         files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
-        project = str(wanted["env"]["COMPOSE_PROJECT_NAME"])
-        service, config_hash = resolve_service(files, wanted["project_dir"], project)
+        state["files_differ"] = any(change.differs for change in files)
+        state["changes"] = describe_changes([change for change in files if change.differs], wanted)
+        service, config_hash = read_service(files, wanted, state)
     except Problem as problem:
         problems.append(str(problem))
         return state
-    state["files_differ"] = any(change.differs for change in files)
-    state["changes"] = describe_changes([change for change in files if change.differs], wanted)
-    state["image"] = service["image"]
-    wanted_image = image_id(service["image"])
-    state["image_present"] = wanted_image is not None
-    container = state["container"] = inspect_container()
-    if container and container["project"] != project:
-        problems.append(
-            "A container named {0} is there already, of {1}. It is not this role's to replace; when nobody "
-            "needs it, remove it with: docker rm -f {0}".format(
-                CONTAINER,
-                "the Compose project " + container["project"]
-                if container["project"]
-                else "no Compose project",
-            )
-        )
-        return state
-    if container:
-        state["recreate"] = container["config_hash"] != config_hash or container["image_id"] != wanted_image
-        if container["status"] == "running":
-            state["api"] = probe_api(service)
     state["doubts"] = doubts(state)
+    state["action"] = action(state)
+    if options.get("preflight") and (problems or state["doubts"]):
+        asked = preflight.Asked(state, service, wanted, options["force"], options["training_gpus"])
+        problems.extend(preflight.problems(asked))
     state["proven"] = not problems and not state["doubts"]
+    if state["proven"]:
+        state["proof"] = proof(state, config_hash)
+        state["recorded"] = (
+            last is not None
+            and all(last.record.get(key) == value for key, value in state["proof"].items())
+            and all(last.files.get(os.path.basename(one.path)) == one.before for one in files[:2])
+        )
     return state
+
+
+def proof(state: Mapping[str, Any], config_hash: str) -> Dict[str, Any]:
+    """Return what a proven server proves, to be recorded; no secret is in it."""
+    return {
+        "requested": state["container"]["requested"][0],
+        "gpu": {key: state["gpu"][key] for key in ("index", "uuid", "pci_bus_id", "name")},
+        "image": state["image"],
+        "image_id": state["container"]["image_id"],
+        "config_hash": config_hash,
+        "models": state["api"]["models"],
+    }
+
+
+def action(state: Mapping[str, Any]) -> str:
+    """Return what brings the wanted server up: create, recreate, replace, wait or nothing.
+
+    `replace` is for a container that matches its files and yet is no good, so
+    that Compose must be told; one that is only still loading is left to load.
+    """
+    container = state["container"]
+    if container is None:
+        return "create"
+    if state["recreate"]:
+        return "recreate"
+    if (
+        container["status"] != "running"
+        or container["health"] == "unhealthy"
+        or state["referee"]["cause"] in ("wrong_gpu", "additional_gpu", "gpu_view_lost")
+    ):
+        return "replace"
+    return "wait" if state["doubts"] else "nothing"
 
 
 def doubts(state: Mapping[str, Any]) -> List[str]:

@@ -67,28 +67,10 @@ written:
 """
 
 import os
-import tempfile
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server
-
-
-def write(change: server.FileChange) -> None:
-    """Put a file in place whole: a reader, or a crash, sees the old or the new one."""
-    directory = os.path.dirname(change.path)
-    os.makedirs(directory, mode=0o755, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".vllm_gpu.", dir=directory)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), change.mode)
-            stream.write(change.after)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, change.path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, record, server
 
 
 def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
@@ -97,6 +79,8 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
     Of `.env` that is each key's line, the value only where the role decides it
     and it is no secret: comments and other keys may hold anything.
     """
+    if change.path.endswith("/" + server.REFEREE):
+        return "(the referee, {0} lines)\n".format(len(content.splitlines()))
     if not change.path.endswith("/" + server.ENV_FILE):
         return content.decode("utf-8", "replace")
     text = ""
@@ -128,8 +112,9 @@ def main() -> None:
     try:
         changes = [change for change in server.compare_files(wanted) if change.differs]
         if not module.check_mode:
+            os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
             for change in changes:
-                write(change)
+                record.write_whole(change.path, change.after, change.mode)
     except server.Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:

@@ -24,6 +24,26 @@ options:
       - Judge the server by the files that the host has, instead of comparing them with C(wanted).
     type: bool
     default: false
+  preflight:
+    description:
+      - Where the server is not proven, also check everything that a change needs (engine, free memory,
+        port, disk and so on), and add what is wrong to RV(problems).
+    type: bool
+    default: false
+  force:
+    description: Checks to leave out.
+    type: list
+    elements: str
+    choices: [drift, exposure, training]
+    default: []
+  training_gpus:
+    description: Ids of the GPUs that are set aside for training.
+    type: list
+    elements: str
+    default: []
+  lock:
+    description: The play, as M(mlops.vllm_gpu.server_lock) named it, whose lock to renew.
+    type: str
   log_lines:
     description: How many of the last lines of the container's log to return.
     type: int
@@ -99,6 +119,10 @@ recreate:
   description: Whether the container is not the wanted one.
   returned: always
   type: bool
+action:
+  description: What brings the wanted server up, one of create, recreate, replace, wait and nothing.
+  returned: always
+  type: str
 image:
   description: The image that the server runs from.
   returned: always
@@ -119,6 +143,18 @@ api:
   description: The API's address, its models, and what is wrong with it (C(error)).
   returned: always
   type: dict
+last_proven:
+  description: The record of what was proven last; null where nothing was.
+  returned: always
+  type: dict
+recorded:
+  description: Whether that is what runs now.
+  returned: always
+  type: bool
+proof:
+  description: What is proven now, for M(mlops.vllm_gpu.server_record).
+  returned: always
+  type: dict
 doubts:
   description: What keeps the server from being proven, the most basic reason first.
   returned: always
@@ -136,7 +172,7 @@ log:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, server
 
 
 def main() -> None:
@@ -145,13 +181,25 @@ def main() -> None:
         argument_spec={
             "gpu_device_id": {"type": "str"},
             "as_installed": {"type": "bool", "default": False},
+            "preflight": {"type": "bool", "default": False},
+            "force": {
+                "type": "list",
+                "elements": "str",
+                "choices": ["drift", "exposure", "training"],
+                "default": [],
+            },
+            "training_gpus": {"type": "list", "elements": "str", "default": []},
+            "lock": {"type": "str"},
             "log_lines": {"type": "int", "default": 0},
             "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
         },
         supports_check_mode=True,
     )
     params = module.params
-    state = server.read(params["gpu_device_id"], params["wanted"], as_installed=params["as_installed"])
+    if params["lock"] and not lock.renew(params["lock"]):
+        module.fail_json(msg="Another play has taken over this server's change; this one has stopped.")
+    options = {key: params[key] for key in ("as_installed", "preflight", "force", "training_gpus")}
+    state = server.read(params["gpu_device_id"], params["wanted"], **options)
     lines = params["log_lines"]
     state["log"] = server.log_tail(lines) if lines and state["container"] else []
     module.exit_json(changed=False, **state)

@@ -21,6 +21,16 @@ options:
     description: What the host should have, as for M(mlops.vllm_gpu.server_info).
     type: dict
     required: true
+  before:
+    description: The container as it was before the server was brought up; its old restarts don't count.
+    type: dict
+  lock:
+    description: As for M(mlops.vllm_gpu.server_info).
+    type: str
+  as_installed:
+    description: As for M(mlops.vllm_gpu.server_info).
+    type: bool
+    default: false
   timeout:
     description: How long a start may take, in seconds.
     type: int

@@ -19,7 +19,6 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
-    "README.ko.md",
     "deployment/CLAUDE.md",
     "env.example",
     "docker/docker-compose.serving.yml",
@@ -34,10 +33,8 @@ def documented() -> list[str]:
     """Every command of the pages that starts the server by hand from the root."""
     found = set()
     for page in PAGES:
-        path = ROOT / page
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            found |= set(re.findall(r"((?:GPU_DEVICE_ID=\S* )?docker compose -f docker/\S+ up -d)", text))
+        text = (ROOT / page).read_text(encoding="utf-8")
+        found |= set(re.findall(r"((?:GPU_DEVICE_ID=\S* )?docker compose -f docker/\S+ up -d)", text))
     return sorted(found)
 
 
@@ -79,7 +76,7 @@ def test_the_pages_show_both_ways() -> None:
 
 @pytest.mark.parametrize("compose", COMPOSE)
 @pytest.mark.parametrize(
-    ("typed", "dotenv"), itertools.product([None, "", "0", "1"], [None, "no such key", "", "0", "1"])
+    ("typed", "dotenv"), list(itertools.product([None, "", "0", "1"], [None, "no such key", "", "0", "1"]))
 )
 def test_command_line_over_dotenv_over_default(
     compose: str, typed: str | None, dotenv: str | None, clone: Path

@@ -113,7 +113,9 @@ def started() -> Iterator[GpuHost]:
 def clean_host(started: GpuHost) -> GpuHost:
     """The host as if it had never been provisioned."""
     started.fault("--clear")
-    started.look.run("docker rm -f vllm-server; docker volume prune -fa; rm -rf " + DIRECTORY)
+    started.look.run(
+        f"docker rm -f vllm-server; docker volume prune -fa; rm -rf {DIRECTORY} /run/vllm_gpu.lock"
+    )
     return started
 
 
@@ -122,6 +124,7 @@ def served(started: GpuHost) -> GpuHost:
     """The host with a proven server on GPU 0, set up by the role's defaults."""
     started.fault("--clear")
     # What the test before wrote in there is its own affair.
-    started.look.run(f"rm -f {DIRECTORY}/.env")
+    started.look.run(f"cmp -s {DIRECTORY}/.env /root/env || rm -f {DIRECTORY}/.env")
     started.serve(gpu_device_id=0)
+    started.look.check_output(f"cp {DIRECTORY}/.env /root/env")
     return started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def test_check_mode_on_a_provisioned_host(served: GpuHost) -> None:
 def test_check_mode_where_nothing_would_change(served: GpuHost) -> None:
     result = served.serve("--check", "--diff", gpu_device_id=0)
     assert result.changed == 0
-    assert "would be" not in result.output
+    assert "the container would be left to run" in result.output
 
 
 def test_a_second_run_changes_nothing(served: GpuHost) -> None:
@@ -56,6 +57,8 @@ def test_an_existing_env_keeps_its_keys_comments_and_order(clean_host: GpuHost) 
 def test_a_comment_in_env_does_not_recreate_the_server(served: GpuHost) -> None:
     before = served.container()
     served.look.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
+    # Only the record of what was proven is made anew, with the note in it.
+    assert served.serve(gpu_device_id=0).changed == 1
     assert served.serve(gpu_device_id=0).changed == 0
     assert served.container() == before
     assert "# a note" in served.look.check_output(f"cat {DIRECTORY}/.env")
@@ -105,7 +108,8 @@ def test_the_wait_goes_on_while_the_model_loads_and_says_so(served: GpuHost) -> 
 def test_the_wait_ends_at_once_when_the_server_dies(served: GpuHost) -> None:
     served.fault("crash=oom")
     output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_start_timeout=600)
-    assert "The server died with exit code 1" in output
+    # Depending on the moment, the engine is about to start it again, or has.
+    assert "The server died" in output
     assert "torch.OutOfMemoryError: CUDA out of memory" in output
     assert "was not ready after" not in output
 
@@ -124,10 +128,10 @@ def test_another_model_than_asked_for_is_no_success(served: GpuHost) -> None:
 
 
 def test_a_missing_image_leaves_the_old_server_running(served: GpuHost) -> None:
-    before = served.container()
+    before = (served.container(), served.files())
     output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_image="vllm/vllm-openai:v0.99.0")
-    assert "Pull vllm/vllm-openai:v0.99.0" in output
-    assert served.container() == before
+    assert "the image vllm/vllm-openai:v0.99.0 is not there and" in output
+    assert (served.container(), served.files()) == before
 
 
 def test_an_image_that_is_there_is_not_pulled(served: GpuHost) -> None:
@@ -195,7 +199,7 @@ def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
 def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
     done = subprocess.run(
         [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "-e", "gpu_device_id=1"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode != 0
     assert "nvidia-smi is not installed" in done.stdout
@@ -243,6 +247,32 @@ def test_teardown_removes_what_was_installed_keeps_the_caches_and_is_idempotent(
     served.look.check_output(f"rm {DIRECTORY}/mine")
     served.play("playbooks/teardown.yml")
     assert not served.look.file(DIRECTORY).exists
+
+
+def test_teardown_needs_no_files(served: GpuHost) -> None:
+    served.look.check_output(f"rm {DIRECTORY}/docker-compose.serving.yml {DIRECTORY}/.env")
+    assert served.play("playbooks/teardown.yml").code == 0
+    assert served.container() == ""
+
+
+def test_a_longer_patience_does_not_restart_the_server(served: GpuHost) -> None:
+    before = served.container()
+    assert served.serve(gpu_device_id=0, vllm_gpu_start_timeout=3600).changed == 0
+    assert served.container() == before
+
+
+def test_caches_may_be_directories_of_another_user(served: GpuHost) -> None:
+    served.look.check_output("install -d -o 1000 -m 0700 /srv/hf")
+    served.serve(gpu_device_id=0, vllm_gpu_hf_cache="/srv/hf")
+    served.look.check_output("docker exec vllm-server sh -c 'echo x > /root/.cache/huggingface/x'")
+
+
+def test_a_port_where_something_else_answers_is_refused(served: GpuHost) -> None:
+    before = (served.container(), served.files())
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_port=22)
+    assert "Port 22 on 127.0.0.1 can't be listened on" in output
+    assert "dropbear" in output
+    assert (served.container(), served.files()) == before
 
 
 def test_a_stopped_server_is_started_again(served: GpuHost) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server, shell
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -78,8 +78,17 @@ def test_where_the_api_answers(port: dict[str, str], url: str) -> None:
 
 def test_what_compose_says_of_an_env_file_is_not_quoted() -> None:
     said = 'failed to read /proc/7/fd/4: line 12: unexpected character "\'" in variable name "s3cr3t"'
-    explained = server.explain_compose(server.Output(1, "", said), "/opt/vllm-gpu")
+    explained = server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
     assert explained == "/opt/vllm-gpu/.env can't be read by Compose: look at line 12 of it."
+    said = 'failed to read /proc/7/fd/4: Invalid template: "s3cr3t${x"'
+    explained = server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
+    assert explained == "/opt/vllm-gpu/.env can't be read by Compose: a value with a $ needs single quotes."
+    said = "required variable b is missing: s3cr3t-value"
+    explained = server.explain_compose(said, "/proc/7/fd/4", b"A='s3cr3t-value'\n", "/opt/vllm-gpu")
+    assert (
+        explained
+        == "Compose refuses the configuration for /opt/vllm-gpu: required variable b is missing: (hidden)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,17 +100,17 @@ def test_what_compose_says_of_an_env_file_is_not_quoted() -> None:
     ],
 )
 def test_a_missing_plugin_is_named(said: str) -> None:
-    assert "no Compose plugin" in server.explain_compose(server.Output(1, "", said), "/opt/vllm-gpu")
+    assert "no Compose plugin" in server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
 
 
 def test_a_command_that_does_not_exist_or_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server.run(["/no/such/program"]).code == 127
-    monkeypatch.setattr(server, "_ENGINE_TIMEOUT", 0.2)
-    assert server.run(["sleep", "5"]) == server.Output(None, "", "no answer in 0.2 s")
+    assert shell.run(["/no/such/program"]).code == 127
+    monkeypatch.setattr(shell, "TIMEOUT", 0.2)
+    assert shell.run(["sleep", "5"]) == shell.Output(None, "", "no answer in 0.2 s")
 
 
 def test_nothing_of_a_command_goes_through_a_shell() -> None:
-    assert server.run(["printf", "%s", "$HOME;id"]).out == "$HOME;id"
+    assert shell.run(["printf", "%s", "$HOME;id"]).out == "$HOME;id"
 
 
 def test_changes_are_told_without_secrets() -> None:

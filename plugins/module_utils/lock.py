@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""One play at a time on a host, and no lock that outlives a play for long.
+
+A play is many short processes on the host, so the lock is a lease in a file:
+its holder renews it with every look at the host, and a play that was killed
+stops renewing. The file is on a tmpfs: a reboot forgets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from typing import Any, Dict, Iterator, Optional
+
+PATH = "/run/vllm_gpu.lock"
+# How long a lease lasts. Long enough for the longest step that doesn't renew
+# it (stopping the old container, within its grace period, and starting the new
+# one), then short, so that a killed play is soon forgotten. Seconds.
+STEP = 120
+RENEWAL = 15
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[int]:
+    descriptor = os.open(PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> Dict[str, Any]:
+    try:
+        return dict(json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _write(descriptor: int, lease: Dict[str, Any]) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(lease).encode(), 0)
+
+
+def take(run: str, who: str) -> Optional[Dict[str, Any]]:
+    """Take the lock for `run`, or return the lease of the play that holds it.
+
+    Times are of the monotonic clock: setting the host's clock changes nothing.
+    """
+    with _opened() as descriptor:
+        lease, now = _read(descriptor), time.monotonic()
+        if lease and lease["run"] != run and lease["until"] > now:
+            return lease
+        _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP})
+        return None
+
+
+def renew(run: str) -> bool:
+    """Renew the lease of `run`; False when another play has taken it."""
+    with _opened() as descriptor:
+        lease, now = _read(descriptor), time.monotonic()
+        if lease.get("run") != run:
+            return False
+        _write(descriptor, dict(lease, renewed=now, until=now + RENEWAL))
+        return True
+
+
+def release(run: str) -> bool:
+    """Give the lock back; False where `run` doesn't hold it."""
+    with _opened() as descriptor:
+        if _read(descriptor).get("run") != run:
+            return False
+        os.ftruncate(descriptor, 0)
+        return True

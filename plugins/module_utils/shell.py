@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Run a command without a shell, and never for ever."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Mapping, NamedTuple, Optional, Sequence
+
+# One call of the docker CLI; seconds. An engine that takes longer is stuck.
+TIMEOUT = 20
+
+
+class Output(NamedTuple):
+    """What a command left behind; `code` is None when it ran into its time limit."""
+
+    code: Optional[int]
+    out: str
+    err: str
+
+
+def run(argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None) -> Output:
+    """Run `argv` without a shell, for at most TIMEOUT seconds."""
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=TIMEOUT, check=False, env=env)
+    except subprocess.TimeoutExpired:
+        return Output(None, "", "no answer in {0} s".format(TIMEOUT))
+    except OSError as error:
+        return Output(127, "", str(error))
+    return Output(
+        done.returncode,
+        done.stdout.decode("utf-8", "replace"),
+        done.stderr.decode("utf-8", "replace").strip(),
+    )

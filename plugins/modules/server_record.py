@@ -1,0 +1,146 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: MIT
+"""Ansible module: keep the proven state of a host, or put one back."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: server_record
+short_description: Keep the proven state of the vLLM service, or put one back
+description:
+  - With O(state=saved), keeps the compose file and C(.env) as they are, with the record of what they
+    proved, as the current proven state; the one before becomes the previous one.
+  - With O(state=restored), puts the files of a proven state back byte for byte, and its image's name back
+    on its image. Starts nothing.
+  - The record holds no secret.
+author: vllm_gpu maintainers (@mlops)
+version_added: 0.1.0
+options:
+  state:
+    description: Whether to keep or to put back.
+    type: str
+    choices: [saved, restored]
+    required: true
+  project_dir:
+    description: Directory of the Compose project on the host.
+    type: path
+    required: true
+  proof:
+    description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
+    type: dict
+  which:
+    description: Which proven state to put back.
+    type: str
+    choices: [current, previous]
+    default: current
+attributes:
+  check_mode:
+    description: Writes nothing and says what it would do.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Record what was proven
+  mlops.vllm_gpu.server_record:
+    state: saved
+    project_dir: /opt/vllm-gpu
+    proof: "{{ __vllm_gpu_state.proof }}"
+"""
+
+RETURN = r"""
+found:
+  description: Whether there is a proven state of that kind.
+  returned: always
+  type: bool
+record:
+  description: The record of the state that was kept or put back.
+  returned: always
+  type: dict
+restored:
+  description: Paths of the files that were put back.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import os
+import time
+from typing import Any, Dict, List
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record, server, shell
+
+
+def image_digests(image: str) -> List[str]:
+    """Return the registry's digests of an image; none for one that was built or loaded."""
+    output = shell.run(["docker", "image", "inspect", "--format", '{{join .RepoDigests " "}}', image])
+    return output.out.split() if output.code == 0 else []
+
+
+def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[str, Any]:
+    """Keep the files as they are, with the record."""
+    files = {os.path.basename(one.path): one.after for one in server.installed_files(directory)}
+    made = dict(proof, image_digests=image_digests(proof["image_id"]))
+    made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    if not module.check_mode:
+        record.save(directory, files, made)
+    return {"changed": True, "found": True, "record": made, "restored": []}
+
+
+def restore(module: AnsibleModule, directory: str, which: str) -> Dict[str, Any]:
+    """Put the files back, and the image's name on the image that was proven."""
+    proven = record.load(directory, which)
+    if proven is None:
+        return {"changed": False, "found": False, "record": {}, "restored": []}
+    restored = []
+    for name, mode in ((server.COMPOSE_FILE, 0o644), (server.ENV_FILE, 0o600)):
+        path = os.path.join(directory, name)
+        if server.read_file(path)[:2] == (proven.files[name], mode):
+            continue
+        restored.append(path)
+        if not module.check_mode:
+            record.write_whole(path, proven.files[name], mode)
+    image, wanted = proven.record["image"], proven.record["image_id"]
+    moved = server.image_id(image) != wanted
+    if moved and not module.check_mode:
+        tagged = shell.run(["docker", "image", "tag", wanted, image])
+        if tagged.code != 0:
+            raise server.Problem(
+                "The image that {0} was proven with ({1}) is gone from this host: {2}".format(
+                    image, wanted, tagged.err
+                )
+            )
+    return {"changed": bool(restored) or moved, "found": True, "record": proven.record, "restored": restored}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["saved", "restored"], "required": True},
+            "project_dir": {"type": "path", "required": True},
+            "proof": {"type": "dict"},
+            "which": {"type": "str", "choices": ["current", "previous"], "default": "current"},
+        },
+        required_if=[("state", "saved", ["proof"])],
+        supports_check_mode=True,
+    )
+    params = module.params
+    try:
+        if params["state"] == "saved":
+            result = save(module, params["project_dir"], params["proof"])
+        else:
+            result = restore(module, params["project_dir"], params["which"])
+    except server.Problem as problem:
+        module.fail_json(msg=str(problem))
+    except OSError as error:
+        module.fail_json(
+            msg="{0} could not be written: {1}.".format(
+                error.filename or params["project_dir"], error.strerror
+            )
+        )
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
