@@ -23,7 +23,7 @@ demo: machine venv ## Serve on GPU 1 of a simulated GPU host, and show the proof
 	@scripts/demo
 
 .PHONY: test
-test: machine lint types unit scenarios ## Run every check
+test: machine lint types unit scenarios ## Run every check but the fault matrix
 
 .PHONY: machine
 machine:
@@ -75,6 +75,10 @@ unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
 scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU hosts
 	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all)
 	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
+
+.PHONY: faults
+faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
+	@$(call step,The fault matrix, $(BIN)/pytest tests/faults)
 
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions

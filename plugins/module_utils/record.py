@@ -57,9 +57,10 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
         for name in os.listdir(directory):
             with open(os.path.join(directory, name), "rb") as stream:
                 files[name] = stream.read()
-        return Proven(files, dict(json.loads(files.pop(RECORD))))
+        made = json.loads(files.pop(RECORD))
     except (OSError, ValueError, KeyError):
         return None
+    return Proven(files, made) if isinstance(made, dict) else None
 
 
 def save(project_dir: str, files: Mapping[str, bytes], record: Mapping[str, Any]) -> None:

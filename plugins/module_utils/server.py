@@ -107,7 +107,7 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
     The script comes over stdin, so the host is judged by this version of it,
     also before it was ever installed there.
     """
-    argv = ["bash", "-s", "--", "--json", "--container", CONTAINER]
+    argv = ["bash", "-s", "--", "--json", "--deep", "--container", CONTAINER]
     output = shell.run(argv + (["--expect", expect] if expect is not None else []), script.encode())
     try:
         verdict = json.loads(output.out)

@@ -52,10 +52,13 @@ waited:
 
 import time
 import uuid
-from typing import Optional, Tuple
+from typing import Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock
+
+# After how many renewals the holder counts as alive.
+_ALIVE = 2
 
 
 def main() -> None:
@@ -77,14 +80,15 @@ def main() -> None:
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
     started = time.monotonic()
-    first: Optional[Tuple[str, float]] = None
+    # One more renewal may still come from a play that was killed: its last
+    # step on the host runs to its end.
+    seen: Set[Tuple[str, float]] = set()
     while True:
         lease = lock.take(run, params["who"])
         if lease is None:
             break
-        seen = (str(lease["run"]), float(lease["renewed"]))
-        first = first or seen
-        if seen != first:
+        seen.add((str(lease["run"]), float(lease["renewed"])))
+        if len(seen) > _ALIVE:
             module.fail_json(
                 msg="{0} is changing this server right now. This play has changed nothing here. Run it again "
                 "when the other one has ended.".format(lease["who"])

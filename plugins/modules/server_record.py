@@ -106,9 +106,8 @@ def restore(module: AnsibleModule, directory: str, which: str) -> Dict[str, Any]
         tagged = shell.run(["docker", "image", "tag", wanted, image])
         if tagged.code != 0:
             raise server.Problem(
-                "The image that {0} was proven with ({1}) is gone from this host: {2}".format(
-                    image, wanted, tagged.err
-                )
+                "The files are the last proven ones again, but the image that {0} was proven with ({1}) can't be "
+                "given its name back: {2}".format(image, wanted, tagged.err)
             )
     return {"changed": bool(restored) or moved, "found": True, "record": proven.record, "restored": restored}
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server
 
+from tests.faults.test_matrix import ROWS
+
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/vllm_gpu"
 
@@ -178,3 +180,11 @@ def test_versions_agree() -> None:
     assert newest[1] == galaxy["version"]
     (required,) = load("requirements.yml")["collections"]
     assert galaxy["dependencies"] == {required["name"]: required["version"]}
+
+
+def test_the_page_of_faults_has_every_row_of_the_matrix() -> None:
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (.+?) \|", page, re.MULTILINE)[1:]
+    assert shown == [row.fault for row in ROWS]
+    assert len(ROWS) >= 28
+    assert "NOT REPORTED" not in page

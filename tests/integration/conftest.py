@@ -1,112 +1,19 @@
-"""A simulated GPU host, and the plays that run against it as a user runs them."""
+"""The simulated GPU host of the integration tests."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import testinfra
-from testinfra.host import Host
 
-ROOT = Path(__file__).resolve().parents[2]
-GPUHOST = ROOT / "molecule/simulated_host/gpuhost.py"
-NAME = "integration"
-DIRECTORY = "/opt/vllm-gpu"
-
-
-def gpuhost(*arguments: str) -> str:
-    done = subprocess.run([GPUHOST, *arguments], check=True, capture_output=True, text=True, timeout=120)
-    return done.stdout
-
-
-class Result(NamedTuple):
-    code: int
-    output: str
-
-    @property
-    def changed(self) -> int:
-        match = re.search(r"changed=(\d+)", self.output)
-        assert match, self.output
-        return int(match[1])
-
-
-class GpuHost:
-    """One simulated GPU host: `play` on it, look at it, make it misbehave."""
-
-    def __init__(self, inventory: Path) -> None:
-        self.inventory = inventory
-        config = ROOT / f".cache/simulated-hosts/{NAME}/ssh_config"
-        self.look: Host = testinfra.get_host(f"ssh://{NAME}", ssh_config=str(config))
-
-    def play(self, playbook: str, *arguments: str, **variables: object) -> Result:
-        """Run a playbook from the root of the clone, with the variables as -e."""
-        words = [word for key, value in variables.items() for word in ("-e", f"{key}={value}")]
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "ANSIBLE_INVENTORY": str(self.inventory),
-            "ANSIBLE_NOCOLOR": "1",
-        }
-        done = subprocess.run(
-            ["ansible-playbook", playbook, *words, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        return Result(done.returncode, done.stdout)
-
-    def serve(self, *arguments: str, **variables: object) -> Result:
-        result = self.play("serve.yml", *arguments, **variables)
-        assert result.code == 0, result.output
-        return result
-
-    def fail_to_serve(self, *arguments: str, **variables: object) -> str:
-        result = self.play("serve.yml", *arguments, **variables)
-        assert result.code != 0, result.output
-        return result.output
-
-    def fault(self, *arguments: str) -> None:
-        gpuhost("fault", NAME, *arguments)
-
-    def container(self) -> str:
-        """Which container runs and since when; '' where there is none."""
-        form = "{{.Id}} {{.State.StartedAt}} {{.State.Status}}"
-        done = self.look.run(f"docker inspect --format '{form}' vllm-server")
-        return str(done.stdout.strip()) if done.rc == 0 else ""
-
-    def files(self) -> str:
-        """Every file of the service with its inode, times and checksum."""
-        listing = f"cd {DIRECTORY} 2>/dev/null && stat -c '%n %i %a %z' . .[!.]* * && md5sum .[!.]* *"
-        return str(self.look.run(listing).stdout)
-
-    def served_gpu(self) -> str:
-        """The index of the card that the server's own process holds, by nvidia-smi."""
-        pids = self.look.check_output("docker top vllm-server -eo pid").split()
-        rows = self.look.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
-        cards = self.look.check_output("nvidia-smi --query-gpu=uuid,index --format=csv,noheader")
-        index = dict(line.split(", ") for line in cards.splitlines())
-        on = {index[row.split(", ")[0]] for row in rows.splitlines() if row.split(", ")[1] in pids}
-        return ",".join(sorted(on))
+from tests.gpu_host import DIRECTORY, GpuHost
+from tests.gpu_host import started as start
 
 
 @pytest.fixture(scope="session")
 def started() -> Iterator[GpuHost]:
-    gpuhost("down", NAME)
-    gpuhost("up", NAME)
-    inventory = ROOT / ".cache" / f"{NAME}.yml"
-    inventory.write_text(gpuhost("inventory", NAME), encoding="utf-8")
-    yield GpuHost(inventory)
-    gpuhost("down", NAME)
+    with start("integration") as host:
+        yield host
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import ansible_runner
 import pytest
 
-from .conftest import DIRECTORY, NAME, ROOT, GpuHost
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost
 
 KEY = "sk-planted-4f9c1d"
 TOKEN = "hf_planted_b7e2a0"
@@ -103,6 +103,6 @@ def test_an_empty_key_removes_it(clean_host: GpuHost, vault: str) -> None:
 
 
 def test_the_inventory_of_the_host_checks_its_key(started: GpuHost) -> None:
-    config = (ROOT / f".cache/simulated-hosts/{NAME}/ssh_config").read_text(encoding="utf-8")
+    config = (ROOT / f".cache/simulated-hosts/{started.name}/ssh_config").read_text(encoding="utf-8")
     assert "StrictHostKeyChecking yes" in config
     assert started.look.check_output("true") == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import DIRECTORY, NAME, ROOT, GpuHost, gpuhost
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost
 
 
 def test_check_mode_on_a_host_that_was_never_provisioned(clean_host: GpuHost) -> None:
@@ -99,7 +99,7 @@ def test_a_uuid_names_a_card(served: GpuHost) -> None:
 def test_the_wait_goes_on_while_the_model_loads_and_says_so(served: GpuHost) -> None:
     served.fault("start_delay=8")
     result = served.serve(gpu_device_id=1)
-    assert f"{NAME}: " in result.output
+    assert f"{served.name}: " in result.output
     assert "waiting: " in result.output
     assert "Loading safetensors" in result.output
     assert served.served_gpu() == "1"
@@ -135,7 +135,7 @@ def test_a_missing_image_leaves_the_old_server_running(served: GpuHost) -> None:
 
 
 def test_an_image_that_is_there_is_not_pulled(served: GpuHost) -> None:
-    gpuhost("load", NAME, "vllm/vllm-openai:v0.31.0")
+    gpuhost("load", served.name, "vllm/vllm-openai:v0.31.0")
     result = served.serve(gpu_device_id=0, vllm_gpu_image="vllm/vllm-openai:v0.31.0")
     assert "Pull " not in result.output
     assert served.look.check_output("docker inspect -f '{{.Config.Image}}' vllm-server") == (
@@ -199,7 +199,8 @@ def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
 def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
     done = subprocess.run(
         [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "-e", "gpu_device_id=1"],
-        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]},
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode != 0
     assert "nvidia-smi is not installed" in done.stdout

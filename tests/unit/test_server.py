@@ -67,7 +67,7 @@ def test_served_names(arguments: list[str], names: list[str]) -> None:
     [
         ({"published": "8000", "host_ip": "127.0.0.1"}, "http://127.0.0.1:8000"),
         ({"published": "9000"}, "http://127.0.0.1:9000"),
-        ({"published": "9000", "host_ip": "0.0.0.0"}, "http://127.0.0.1:9000"),  # noqa: S104
+        ({"published": "9000", "host_ip": "0.0.0.0"}, "http://127.0.0.1:9000"),
         ({"published": "9000", "host_ip": "10.0.0.5"}, "http://10.0.0.5:9000"),
         ({"published": "9000", "host_ip": "::"}, "http://[::1]:9000"),
     ],

@@ -1,0 +1,43 @@
+"""The simulated GPU host of the fault matrix, and the table that its rows make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu_host import ROOT, GpuHost
+from tests.gpu_host import started as start
+
+TABLE = ROOT / ".cache/faults.md"
+HEAD = "| fault | what the play reported | serves afterwards | files changed |\n|---|---|---|---|\n"
+ROWS = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: Any) -> None:  # noqa: ANN401 - pytest's own class isn't public
+    config.stash[ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def started() -> Iterator[GpuHost]:
+    with start("faults") as host:
+        yield host
+
+
+@pytest.fixture
+def matrix(request: pytest.FixtureRequest) -> list[str]:
+    return request.config.stash[ROWS]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:  # noqa: ANN401
+    """Print the table that the run made."""
+    rows = config.stash[ROWS]
+    if rows:
+        text = HEAD + "".join(rows)
+        TABLE.parent.mkdir(exist_ok=True)
+        Path(TABLE).write_text(text, encoding="utf-8")
+        terminalreporter.section("fault matrix")
+        terminalreporter.write(re.sub(r"`", "", text))

@@ -1,0 +1,61 @@
+"""A registry on loopback whose connection breaks in the middle of a layer."""
+
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+CONFIG = json.dumps(
+    {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "0" * 64]}}
+).encode()
+LAYER = "sha256:" + "1" * 64
+
+
+def digest(content: bytes) -> str:
+    """Return the digest of `content` as registries write it."""
+    return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+MANIFEST = json.dumps(
+    {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+        "config": {
+            "mediaType": "application/vnd.docker.container.image.v1+json",
+            "size": len(CONFIG),
+            "digest": digest(CONFIG),
+        },
+        "layers": [
+            {
+                "mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip",
+                "size": 1 << 20,
+                "digest": LAYER,
+            }
+        ],
+    }
+).encode()
+
+
+class Registry(BaseHTTPRequestHandler):
+    """As much of the registry's protocol as a pull needs."""
+
+    def do_GET(self) -> None:
+        """Answer; the layer is announced whole and sent in part."""
+        body, kind, size = b"{}", "application/json", None
+        if "/manifests/" in self.path:
+            body, kind = MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"
+        elif self.path.endswith(digest(CONFIG)):
+            body, kind = CONFIG, "application/octet-stream"
+        elif self.path.endswith(LAYER):
+            body, kind, size = b"\x1f\x8b" + b"\0" * 1000, "application/octet-stream", 1 << 20
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(size or len(body)))
+        self.send_header("Docker-Content-Digest", digest(body))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815 - the library's name
+
+
+HTTPServer(("127.0.0.1", 5000), Registry).serve_forever()

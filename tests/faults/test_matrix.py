@@ -1,0 +1,275 @@
+"""The fault matrix: whatever goes wrong, a proven server or the host as it was.
+
+Each row starts on a host with a proven server on GPU 0 and asks for GPU 1
+while something is wrong. It says what the play must report, what must serve
+afterwards on which card, and which of the service's files may have changed.
+After the cure, a plain run must always bring the asked server up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
+
+MATRIX = ROOT / "tests/faults"
+FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
+Step = Callable[[GpuHost], object]
+
+
+def nothing(_host: GpuHost) -> None:
+    """Do nothing."""
+
+
+def fault(*settings: str) -> Step:
+    return lambda host: host.fault(*settings)
+
+
+def on_host(script: str) -> Step:
+    return lambda host: host.look.check_output(script)
+
+
+def engine(action: str, *options: str) -> Step:
+    return lambda host: gpuhost("engine", host.name, action, *options)
+
+
+def engine_back(host: GpuHost) -> None:
+    gpuhost("engine", host.name, "restart")
+    host.look.check_output("for i in $(seq 100); do curl -sf 127.0.0.1:8000/health && break; sleep 0.2; done")
+
+
+def play(host: GpuHost, variables: dict[str, object]) -> Result:
+    # As JSON, so that a value reaches the play exactly as it stands here.
+    return host.play("serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables}))
+
+
+@dataclass
+class Row:
+    """One fault, and what must come of it."""
+
+    fault: str
+    says: str
+    prepare: Step = nothing
+    variables: dict[str, object] = field(default_factory=dict)
+    cure: Step = nothing
+    serves: str = "0"
+    changed: str = ""
+    succeeds: bool = False
+    run: Callable[[GpuHost, dict[str, object]], Result] = play
+
+
+def tenant(host: GpuHost) -> None:
+    gpuhost("tenant", host.name, "--card", "1", "--mib", "9000")
+
+
+def no_tenant(host: GpuHost) -> None:
+    gpuhost("tenant", host.name, "--stop")
+
+
+def swap_cards(host: GpuHost) -> None:
+    cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
+    first, second = cards["cards"]
+    first["pci.bus_id"], second["pci.bus_id"] = second["pci.bus_id"], first["pci.bus_id"]
+    path = ROOT / ".cache/swapped.json"
+    path.write_text(json.dumps(cards), encoding="utf-8")
+    gpuhost("cards", host.name, str(path))
+
+
+def engine_and_speed_back(host: GpuHost) -> None:
+    host.fault("--clear")
+    engine_back(host)
+
+
+def cards_back(host: GpuHost) -> None:
+    gpuhost("cards", host.name, str(ROOT / "molecule/simulated_host/cards.json"))
+
+
+def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], Result]:
+    """Start the play, act once when a line with `at` shows, and let it end."""
+
+    def run(host: GpuHost, variables: dict[str, object]) -> Result:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "ANSIBLE_INVENTORY": str(host.inventory),
+            "ANSIBLE_NOCOLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        words = ["ansible-playbook", "serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables})]
+        output, acted = "", False
+        with subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        ) as process:  # fmt: skip
+            assert process.stdout
+            for line in process.stdout:
+                output += line
+                if at in line and not acted:
+                    acted = True
+                    if act is kill:
+                        os.killpg(process.pid, signal.SIGKILL)
+                    else:
+                        act(host)
+        return Result(process.returncode, output)
+
+    return run
+
+
+def kill(_host: GpuHost) -> None:
+    """Stands for SIGKILL to the whole play."""
+
+
+def second_play(host: GpuHost) -> None:
+    host.second = host.play("serve.yml", gpu_device_id=0, vllm_gpu_shm_size="1gb")  # type: ignore[attr-defined]
+
+
+def two_plays(host: GpuHost, variables: dict[str, object]) -> Result:
+    first = while_it_runs("waiting: ", second_play)(host, variables)
+    assert first.code == 0, first.output
+    return host.second  # type: ignore[attr-defined,no-any-return]
+
+
+def served_then_verified(host: GpuHost, variables: dict[str, object]) -> Result:
+    """A server that dies just after the proof: what verify says a moment later."""
+    play(host, variables)
+    for _ in range(20):
+        result = host.play("playbooks/verify.yml")
+        if result.code:
+            return result
+        time.sleep(0.5)
+    return result
+
+
+MOUNT_FULL = (
+    f"cp -a {DIRECTORY} /tmp/full && mount -t tmpfs -o size=200k,mode=755 full {DIRECTORY} && "
+    f"cp -a /tmp/full/. {DIRECTORY} && rm -rf /tmp/full; dd if=/dev/zero of={DIRECTORY}/fill bs=4k 2>/dev/null; true"
+)
+MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
+UNMOUNT = f"umount {DIRECTORY}"
+OLD_COMPOSE = (
+    "mkdir -p ~/.docker/cli-plugins && cd ~/.docker/cli-plugins && "
+    "printf '%s\\n' '#!/bin/sh' 'case \"$*\" in *\"version --short\"*) echo 2.10.0;; "
+    '*) exec /usr/local/libexec/docker/cli-plugins/docker-compose "$@";; esac\' >docker-compose && '
+    "chmod +x docker-compose"
+)
+REGISTRY = "python3 - >/dev/null 2>&1 </root/registry.py & sleep 1"
+SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
+
+ROWS = [
+    Row("GPU id that doesn't exist (index 7)", "gpu_device_id is 7, but this host has no such GPU", variables={"gpu_device_id": "7"}),
+    Row("GPU id that doesn't exist (UUID)", "has no such GPU. It could be 0", variables={"gpu_device_id": "GPU-" + "00000000-0000-0000-0000-000000000000"}),
+    Row("malformed id `0,1`", "is not the id of one GPU", variables={"gpu_device_id": "0,1"}),
+    Row("malformed id `$(reboot)`", "is not the id of one GPU", variables={"gpu_device_id": "$(reboot)"}),
+    Row("no driver", "The NVIDIA driver is not loaded", fault("driver=gone"), cure=fault("--clear")),
+    Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=fault("--clear")),
+    Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=fault("--clear")),
+    Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=fault("--clear")),
+    Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
+    Row("engine stopped during the run", "SERVES NOTHING NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
+        # Nothing can be put back without an engine; when it is back, it starts what it had.
+        cure=engine_and_speed_back, serves="1"),
+    Row("no nvidia runtime", "The engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
+    Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
+        cure=on_host("rm -rf ~/.docker/cli-plugins")),
+    Row("image not found", "is not there and could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
+    Row("image pull cut off", "could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
+        variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host("pkill -f 'python3 -$' || true")),
+    Row("port taken by another program", "Port 9000 on 127.0.0.1 can't be listened on .*: python3", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
+        variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
+    Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
+    Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
+        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("bad model", "is not a valid model identifier", variables={"vllm_gpu_model": "acme/does-not-exist"}),
+    Row("wrong flag", "unrecognized arguments", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
+    Row("never healthy", "was not ready after 5 s", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
+        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("port never opens", "was not ready after 5 s", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
+        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("healthy but serving another model", "it serves acme/other, not Qwen/Qwen3-0.6B", fault("serve_as=acme/other"),
+        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("crash_after=3"),
+        run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
+    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("worker_dies_after=3"),
+        run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
+    Row("disk full while writing", "could not be written: No space left on device", on_host(MOUNT_FULL), cure=on_host(UNMOUNT)),
+    Row("read-only target directory", "could not be written: Read-only file system", on_host(MOUNT_READ_ONLY), cure=on_host(UNMOUNT)),
+    Row("unparseable existing .env", "the quote after MINE= is never closed", on_host(f"echo \"MINE='x\" >> {DIRECTORY}/.env"),
+        cure=on_host(f"sed -i /^MINE=/d {DIRECTORY}/.env")),
+    Row("hand-edited compose file", SUCCESS, on_host(f"sed -i 's/device_ids:.*/count: 1/' {DIRECTORY}/docker-compose.serving.yml"),
+        serves="1", changed=".env docker-compose.serving.yml", succeeds=True),
+    Row("hand-edited API key", SUCCESS, on_host(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-by-hand/ {DIRECTORY}/.env"),
+        serves="1", changed=".env", succeeds=True),
+    Row("play killed while it looks", "Validating", run=while_it_runs("Read the host", kill)),
+    Row("play killed after writing", "Write the compose file", fault("start_delay=2"), run=while_it_runs("Recreate the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
+    Row("play killed while it recreates", "Recreate the server", fault("start_delay=6"), run=while_it_runs("Wait until the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
+    Row("play killed while it waits", "waiting: ", fault("start_delay=6"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
+    Row("two plays at once", "is changing this server right now", fault("start_delay=15"), run=two_plays, cure=fault("--clear"), serves="1", changed=".env"),
+    Row("card swapped", "is another card than it was", swap_cards, variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
+    Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
+    Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
+    Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
+    Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
+]  # fmt: skip
+
+
+def digests(host: GpuHost) -> dict[str, str]:
+    """The service's files and their checksums."""
+    listing = host.look.run(f"cd {DIRECTORY} && md5sum {' '.join(FILES)}").stdout
+    return {line.split()[1]: line.split()[0] for line in listing.splitlines()}
+
+
+def baseline(host: GpuHost) -> None:
+    """A proven server on GPU 0, from files that nobody has touched."""
+    host.look.run(f"cmp -s {DIRECTORY}/.env /root/env || rm -f {DIRECTORY}/.env")
+    # The key that a row has set by hand is part of what was proven.
+    host.serve("-e", '{"gpu_device_id": "0", "vllm_gpu_api_key": ""}')
+    host.look.check_output(f"cp {DIRECTORY}/.env /root/env")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.fault)
+def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
+    host = started
+    host.fault("--clear")
+    host.look.check_output(
+        f"cat > /root/registry.py <<'END'\n{(MATRIX / 'registry.py').read_text(encoding='utf-8')}\nEND"
+    )
+    baseline(host)
+    row.prepare(host)
+    before = digests(host)
+
+    result = row.run(host, row.variables)
+    changed = " ".join(sorted(name for name, digest in digests(host).items() if digest != before.get(name)))
+    row.cure(host)
+
+    said = re.search(row.says, result.output)
+    serves = host.served_gpu() if "running" in host.container() else ""
+    matrix.append(
+        f"| {row.fault} | {' '.join(said[0].split())[:90] if said else 'NOT REPORTED'} | "
+        f"{'GPU ' + serves if serves else 'nothing yet'} | {changed or 'none'} |\n"
+    )
+    assert said, result.output
+    assert (result.code == 0) == row.succeeds
+    assert changed == row.changed or (row.serves == "*" and changed in ("", row.changed))
+    assert row.serves in (serves, "*")
+
+    # Whatever it was: running the play again is all that is needed. (Where the
+    # host was left as it is, the next row's start shows the same.)
+    host.fault("--clear")
+    if serves != "0" or changed:
+        host.serve(gpu_device_id=1)
+        assert host.served_gpu() == "1"

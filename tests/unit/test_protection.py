@@ -1,0 +1,255 @@
+"""What protects a host: the record of what was proven, the lock, the preflight checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, preflight, record, shell
+
+FILES = {"docker-compose.serving.yml": b"services: {}\n", ".env": b"GPU_DEVICE_ID=0\n\xff\r\n"}
+
+
+def kept(directory: Path, which: str) -> record.Proven:
+    proven = record.load(str(directory), which)
+    assert proven is not None
+    return proven
+
+
+def test_nothing_was_proven_yet(tmp_path: Path) -> None:
+    assert record.load(str(tmp_path), "current") is None
+    assert record.load(str(tmp_path), "previous") is None
+
+
+def test_files_come_back_byte_for_byte_and_the_last_two_are_kept(tmp_path: Path) -> None:
+    for number in range(4):
+        record.save(str(tmp_path), {**FILES, ".env": FILES[".env"] * (number + 1)}, {"number": number})
+    assert kept(tmp_path, "current").record == {"number": 3}
+    assert kept(tmp_path, "current").files[".env"] == FILES[".env"] * 4
+    assert kept(tmp_path, "previous").record == {"number": 2}
+    # Older ones, which hold secrets too, are gone.
+    assert len(list((tmp_path / ".proven").glob("state.*"))) == 2
+    for path in (tmp_path / ".proven").rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", ""])
+def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, broken: str) -> None:
+    record.save(str(tmp_path), FILES, {})
+    (tmp_path / ".proven/current/record.json").write_text(broken, encoding="utf-8")
+    assert record.load(str(tmp_path), "current") is None
+
+
+def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record.save(str(tmp_path), FILES, {"number": 1})
+
+    def crash(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_point", "write_whole"):
+        with monkeypatch.context() as patch:
+            patch.setattr(record, name, crash)
+            with pytest.raises(KeyboardInterrupt):
+                record.save(str(tmp_path), FILES, {"number": 2})
+        assert kept(tmp_path, "current").record == {"number": 1}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".env"
+    path.write_bytes(b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        record.write_whole(str(path), b"new", 0o600)
+    assert path.read_bytes() == b"old"
+    assert [one.name for one in tmp_path.iterdir()] == [".env"]
+
+
+@pytest.fixture
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A lock of its own, and a clock that the test sets."""
+    now = [1000.0]
+    monkeypatch.setattr(lock, "PATH", str(tmp_path / "lock"))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_one_play_holds_the_lock_until_it_gives_it_back(clock: list[float]) -> None:
+    assert lock.take("a", "A") is None
+    lease = lock.take("b", "B")
+    assert lease is not None
+    assert lease["who"] == "A"
+    assert not lock.release("b")
+    assert lock.release("a")
+    assert lock.take("b", "B") is None
+    assert clock
+
+
+def test_a_play_that_is_alive_keeps_the_lock(clock: list[float]) -> None:
+    lock.take("a", "A")
+    for _ in range(100):
+        clock[0] += lock.RENEWAL - 1
+        assert lock.renew("a")
+        assert lock.take("b", "B") is not None
+
+
+def test_the_lock_of_a_killed_play_runs_out(clock: list[float]) -> None:
+    lock.take("a", "A")
+    clock[0] += lock.STEP + 1
+    assert lock.take("b", "B") is None
+    # Whoever comes back from the dead must not go on.
+    assert not lock.renew("a")
+    assert not lock.release("a")
+
+
+def test_a_lock_file_that_is_garbage_is_no_lock(clock: list[float]) -> None:
+    Path(lock.PATH).write_bytes(b"\xff\x00not json")
+    assert lock.take("a", "A") is None
+    assert clock
+
+
+def asked(**changes: Any) -> preflight.Asked:  # noqa: ANN401
+    gpu = {
+        "index": 1,
+        "uuid": "GPU-1",
+        "pci_bus_id": "00000000:05:00.0",
+        "name": "Card",
+        "memory_total_mib": 1000,
+        "memory_used_mib": 0,
+    }
+    state = {
+        "gpu": {**gpu, **changes.pop("gpu", {})},
+        "referee": {"processes": [], "other_processes": []},
+        "last_proven": None,
+        "container": None,
+        "image_present": True,
+        "image": "x",
+        **changes.pop("state", {}),
+    }
+    service = {
+        "command": changes.pop("command", ["m"]),
+        "ports": [changes.pop("port", {"published": "8000", "host_ip": "127.0.0.1"})],
+        "environment": changes.pop("environment", {}),
+        "volumes": changes.pop("volumes", []),
+    }
+    return preflight.Asked(state, service, {}, changes.pop("force", []), changes.pop("training", []))
+
+
+@pytest.mark.parametrize(
+    ("used", "own", "command", "fits"),
+    [
+        (100, 0, ["m"], True),
+        (101, 0, ["m"], False),
+        (900, 900, ["m"], True),
+        (900, 700, ["m"], False),
+        (500, 0, ["m", "--gpu-memory-utilization", "0.5"], True),
+        (501, 0, ["m", "--gpu-memory-utilization=0.5"], False),
+    ],
+)
+def test_memory_of_our_own_server_does_not_count(used: int, own: int, command: list[str], fits: bool) -> None:  # noqa: FBT001
+    processes = [{"pid": 1, "name": "e", "gpu_uuid": "GPU-1", "memory_mib": own}]
+    state = {"referee": {"processes": processes, "other_processes": []}}
+    assert (
+        preflight.check_memory(asked(gpu={"memory_used_mib": used}, state=state, command=command)) is None
+    ) == fits
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "much"])
+def test_a_share_of_memory_that_makes_no_sense(share: str) -> None:
+    problem = preflight.check_memory(asked(command=["m", "--gpu-memory-utilization", share]))
+    assert problem is not None
+    assert "must be a number above 0" in problem
+
+
+def test_who_holds_the_memory_is_named() -> None:
+    others = [{"pid": 2**22 + 1, "name": "train.py", "gpu_uuid": "GPU-1", "memory_mib": 800}]
+    state = {"referee": {"processes": [], "other_processes": others}}
+    problem = preflight.check_memory(asked(gpu={"memory_used_mib": 800}, state=state))
+    assert problem is not None
+    assert f"train.py (pid {2**22 + 1}, 800 MiB)" in problem
+
+
+@pytest.mark.parametrize("one", ["1", "GPU-1", "00000000:05:00.0"])
+def test_a_training_card(one: str) -> None:
+    assert preflight.check_training(asked(training=[one])) is not None
+    assert preflight.check_training(asked(training=[one], force=["training"])) is None
+    assert preflight.check_training(asked(training=["0"])) is None
+
+
+def test_drift() -> None:
+    last = {"requested": "1", "proven_at": "then", "gpu": {"index": 1, "uuid": "GPU-9", "name": "Old"}}
+    problem = preflight.check_drift(asked(state={"last_proven": last}))
+    assert problem is not None
+    assert "Old (GPU-9)" in problem
+    assert "now Card (GPU-1)" in problem
+    assert preflight.check_drift(asked(state={"last_proven": last}, force=["drift"])) is None
+    same = {**last, "gpu": {**last["gpu"], "uuid": "GPU-1"}}  # type: ignore[dict-item]
+    assert preflight.check_drift(asked(state={"last_proven": same})) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "key", "fine"), [("127.0.0.1", "", True), ("0.0.0.0", "", False), ("0.0.0.0", "k", True)]
+)
+def test_exposure(address: str, key: str, fine: bool) -> None:  # noqa: FBT001
+    one = asked(port={"published": "8000", "host_ip": address}, environment={"VLLM_API_KEY": key})
+    assert (preflight.check_exposure(one) is None) == fine
+
+
+def test_a_port_that_is_taken_names_who_listens() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        problem = preflight.check_port(asked(port={"published": str(port), "host_ip": "127.0.0.1"}))
+        assert problem is not None
+        assert "(pid " in problem
+        ours = {"container": {"status": "running", "ports": [port]}}
+        assert (
+            preflight.check_port(asked(port={"published": str(port), "host_ip": "127.0.0.1"}, state=ours))
+            is None
+        )
+    problem = preflight.check_port(asked(port={"published": "8000", "host_ip": "192.0.2.1"}))
+    assert problem is not None
+    assert "no address 192.0.2.1" in problem
+
+
+def test_a_model_by_its_path(tmp_path: Path) -> None:
+    volume = {"type": "bind", "source": str(tmp_path), "target": "/models"}
+    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[volume])) is not None
+    (tmp_path / "tiny").mkdir()
+    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[volume])) is None
+    assert preflight.check_model(asked(command=["org/model"], volumes=[volume])) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("20.10.24+dfsg1", (20, 10, 24)), ("v2.26.1-4", (2, 26, 1)), ("2.5", (2, 5)), ("dev", ())],
+)
+def test_versions(text: str, numbers: tuple[int, ...]) -> None:
+    assert preflight.version(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("info", "fine"),
+    [
+        ({"ServerVersion": "28.5.2", "Runtimes": {"nvidia": {}}}, True),
+        ({"ServerVersion": "28.5.2", "Runtimes": {"runc": {}}, "CDISpecDirs": ["/no/such"]}, False),
+        ({"ServerVersion": "19.3", "Runtimes": {"nvidia": {}}}, False),
+    ],
+)
+def test_the_engine(info: dict[str, Any], fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    monkeypatch.setattr(shell, "run", lambda _argv: shell.Output(0, json.dumps(info), ""))
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    assert (preflight.check_engine(asked()) is None) == fine
