@@ -42,7 +42,8 @@ class GpuHost:
         self.name = name
         self.inventory = inventory
         config = ROOT / f".cache/simulated-hosts/{name}/ssh_config"
-        self.look: Host = testinfra.get_host(f"ssh://{name}", ssh_config=str(config))
+        (alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
+        self.look: Host = testinfra.get_host(f"ssh://{alias}", ssh_config=str(config))
 
     def play(self, playbook: str, *arguments: str, **variables: object) -> Result:
         """Run a playbook from the root of the clone, with the variables as -e."""

@@ -381,6 +381,8 @@ class Host:
         self.container = f"{LABEL}-{CLONE}-{name}"
         self.folder = HOSTS / name
         self.ssh_config = self.folder / "ssh_config"
+        # Ansible keeps connections by this name: two clones must not share one.
+        self.alias = f"{name}.{CLONE}"
 
     def inspect(self, template: str) -> str:
         """Return something about the container; empty where it doesn't exist."""
@@ -401,7 +403,7 @@ class Host:
         known_hosts = self.folder / "known_hosts"
         known_hosts.write_text(f"[127.0.0.1]:{port} {key}\n")
         self.ssh_config.write_text(
-            f"Host {self.name}\n"
+            f"Host {self.name} {self.alias}\n"
             "  HostName 127.0.0.1\n"
             f"  Port {port}\n"
             "  User root\n"
@@ -560,6 +562,7 @@ def inventory(hosts: list[Host], group: str) -> str:
     """Return an inventory in YAML (of which JSON is a part)."""
     entries = {
         host.name: {
+            "ansible_host": host.alias,
             "ansible_ssh_common_args": f"-F {shlex.quote(str(host.ssh_config))}",
             "ansible_user": "root",
             "ansible_python_interpreter": "/usr/bin/python3",

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What stands in the way of a change: each check returns a text with its cure, or None.
 
-Asked only where something would change, or for a survey: a server that is
-proven needs none of this.
+Asked where something would change; of a server that is proven, only whether its
+card is still the one that it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -190,7 +191,8 @@ def listener(port: int) -> str:
     """Return who listens on a port, as `: NAME (pid N) does`, or nothing."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with open(table, encoding="utf-8") as stream:
+        # A host may have no IPv6.
+        with contextlib.suppress(OSError), open(table, encoding="utf-8") as stream:
             for row in list(stream)[1:]:
                 field = row.split()
                 if field[3] == "0A" and int(field[1].rsplit(":", 1)[1], 16) == port:
@@ -258,6 +260,7 @@ def check_wsl(_asked: Asked) -> Optional[str]:
     return None
 
 
+ALWAYS: List[Callable[[Asked], Optional[str]]] = [check_drift]
 CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_wsl,
     check_engine,
@@ -272,9 +275,9 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
 ]
 
 
-def problems(asked: Asked) -> Iterator[str]:
-    """Yield every problem."""
-    for check in CHECKS:
+def problems(checks: Sequence[Callable[[Asked], Optional[str]]], asked: Asked) -> Iterator[str]:
+    """Yield what the checks find."""
+    for check in checks:
         problem = check(asked)
         if problem:
             yield problem

@@ -63,8 +63,14 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
     return Proven(files, made) if isinstance(made, dict) else None
 
 
-def save(project_dir: str, files: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
-    """Make `files` and `record` the current proven state, and the one before it the previous one."""
+def save(
+    project_dir: str, files: Mapping[str, bytes], record: Mapping[str, Any], *, again: bool = False
+) -> None:
+    """Make `files` and `record` the current proven state, and the one before it the previous one.
+
+    With `again`, it is the current one once more, perhaps with another comment
+    in `.env`: the previous one stays, so that there is something to go back to.
+    """
     keep = os.path.join(project_dir, KEEP)
     os.makedirs(keep, mode=0o700, exist_ok=True)
     fresh = tempfile.mkdtemp(prefix="state.", dir=keep)
@@ -74,7 +80,7 @@ def save(project_dir: str, files: Mapping[str, bytes], record: Mapping[str, Any]
         os.path.join(fresh, RECORD), json.dumps(record, indent=2, sort_keys=True).encode() + b"\n", 0o600
     )
     current = _target(keep, "current")
-    if current:
+    if current and not again:
         _point(keep, "previous", current)
     _point(keep, "current", os.path.basename(fresh))
     used = {_target(keep, "current"), _target(keep, "previous"), "current", "previous"}

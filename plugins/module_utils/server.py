@@ -500,14 +500,16 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         return state
     state["doubts"] = doubts(state)
     state["action"] = action(state)
-    if options.get("preflight") and (problems or state["doubts"]):
-        asked = preflight.Asked(state, service, wanted, options["force"], options["training_gpus"])
-        problems.extend(preflight.problems(asked))
+    changes = options.get("preflight") and (problems or state["doubts"])
+    checks = preflight.CHECKS if changes else preflight.ALWAYS
+    force, training_gpus = options.get("force", []), options.get("training_gpus", [])
+    problems.extend(preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus)))
     state["proven"] = not problems and not state["doubts"]
     if state["proven"]:
         state["proof"] = proof(state, config_hash)
         state["recorded"] = (
-            last is not None
+            not state["files_differ"]
+            and last is not None
             and all(last.record.get(key) == value for key, value in state["proof"].items())
             and all(last.files.get(os.path.basename(one.path)) == one.before for one in files[:2])
         )
@@ -554,6 +556,8 @@ def doubts(state: Mapping[str, Any]) -> List[str]:
     if container["status"] != "running":
         return ["The container is {0}.".format(container["status"])]
     reasons = []
+    if len(container["requested"]) != 1 or state["gpu"] is None:
+        reasons.append("The container was not asked for one certain GPU.")
     if state["recreate"]:
         reasons.append("The container was made from other settings or another image than these.")
     if state["referee"]["code"] != 0:

@@ -28,6 +28,14 @@ options:
   proof:
     description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
     type: dict
+  keys:
+    description: Keys of the restored C(.env) whose values to return; never of secrets.
+    type: list
+    elements: str
+    default: []
+  lock:
+    description: As for M(mlops.vllm_gpu.server_info).
+    type: str
   which:
     description: Which proven state to put back.
     type: str
@@ -56,6 +64,10 @@ record:
   description: The record of the state that was kept or put back.
   returned: always
   type: dict
+env:
+  description: What the restored C(.env) says for O(keys).
+  returned: for O(state=restored)
+  type: dict
 restored:
   description: Paths of the files that were put back.
   returned: always
@@ -65,10 +77,10 @@ restored:
 
 import os
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, lock, record, server, shell
 
 
 def image_digests(image: str) -> List[str]:
@@ -83,15 +95,28 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
     made = dict(proof, image_digests=image_digests(proof["image_id"]))
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
-        record.save(directory, files, made)
+        last = record.load(directory, "current")
+        again = last is not None and all(last.record.get(key) == value for key, value in proof.items())
+        record.save(directory, files, made, again=again)
     return {"changed": True, "found": True, "record": made, "restored": []}
 
 
-def restore(module: AnsibleModule, directory: str, which: str) -> Dict[str, Any]:
+def restore(module: AnsibleModule, directory: str, which: str, keys: Sequence[str]) -> Dict[str, Any]:
     """Put the files back, and the image's name on the image that was proven."""
     proven = record.load(directory, which)
-    if proven is None:
-        return {"changed": False, "found": False, "record": {}, "restored": []}
+    if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
+        return {"changed": False, "found": False, "record": {}, "restored": [], "env": {}}
+    image, wanted = proven.record["image"], proven.record["image_id"]
+    moved = server.image_id(image) != wanted
+    # Before the files: what can't be started again isn't put back.
+    if moved and not module.check_mode:
+        tagged = shell.run(["docker", "image", "tag", wanted, image])
+        if tagged.code != 0:
+            raise server.Problem(
+                "The image that {0} was proven with ({1}) can't be given its name back: {2}".format(
+                    image, wanted, tagged.err
+                )
+            )
     restored = []
     for name, mode in ((server.COMPOSE_FILE, 0o644), (server.ENV_FILE, 0o600)):
         path = os.path.join(directory, name)
@@ -100,16 +125,15 @@ def restore(module: AnsibleModule, directory: str, which: str) -> Dict[str, Any]
         restored.append(path)
         if not module.check_mode:
             record.write_whole(path, proven.files[name], mode)
-    image, wanted = proven.record["image"], proven.record["image_id"]
-    moved = server.image_id(image) != wanted
-    if moved and not module.check_mode:
-        tagged = shell.run(["docker", "image", "tag", wanted, image])
-        if tagged.code != 0:
-            raise server.Problem(
-                "The files are the last proven ones again, but the image that {0} was proven with ({1}) can't be "
-                "given its name back: {2}".format(image, wanted, tagged.err)
-            )
-    return {"changed": bool(restored) or moved, "found": True, "record": proven.record, "restored": restored}
+    said = dotenv.values(proven.files[server.ENV_FILE])
+    env = {key: said[key] for key in keys if said.get(key) is not None}
+    return {
+        "changed": bool(restored) or moved,
+        "found": True,
+        "record": proven.record,
+        "restored": restored,
+        "env": env,
+    }
 
 
 def main() -> None:
@@ -119,17 +143,23 @@ def main() -> None:
             "state": {"type": "str", "choices": ["saved", "restored"], "required": True},
             "project_dir": {"type": "path", "required": True},
             "proof": {"type": "dict"},
+            "keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
+            "lock": {"type": "str"},
             "which": {"type": "str", "choices": ["current", "previous"], "default": "current"},
         },
         required_if=[("state", "saved", ["proof"])],
         supports_check_mode=True,
     )
     params = module.params
+    if params["lock"] and not lock.renew(params["lock"]):
+        module.fail_json(
+            msg="Another play has taken over this server's change; this one has recorded nothing."
+        )
     try:
         if params["state"] == "saved":
             result = save(module, params["project_dir"], params["proof"])
         else:
-            result = restore(module, params["project_dir"], params["which"])
+            result = restore(module, params["project_dir"], params["which"], params["keys"])
     except server.Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:

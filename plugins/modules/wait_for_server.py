@@ -24,6 +24,11 @@ options:
   before:
     description: The container as it was before the server was brought up; its old restarts don't count.
     type: dict
+  force:
+    description: As for M(mlops.vllm_gpu.server_info).
+    type: list
+    elements: str
+    default: []
   lock:
     description: As for M(mlops.vllm_gpu.server_info).
     type: str

@@ -168,7 +168,7 @@ def test_names_that_stand_in_code_and_in_yaml_agree() -> None:
     service = yaml.safe_load(COMPOSE)["services"]
     assert list(service) == [server.SERVICE]
     assert service[server.SERVICE]["container_name"] == server.CONTAINER
-    for tasks in ("deploy.yml", "restart_proven.yml", "teardown.yml"):
+    for tasks in ("deploy.yml", "start_proven.yml", "teardown.yml"):
         assert server.COMPOSE_FILE in (ROLE / "tasks" / tasks).read_text(encoding="utf-8")
 
 

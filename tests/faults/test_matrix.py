@@ -176,7 +176,7 @@ ROWS = [
     Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=fault("--clear")),
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=fault("--clear")),
     Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
-    Row("engine stopped during the run", "SERVES NOTHING NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
+    Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
         cure=engine_and_speed_back, serves="1"),
     Row("no nvidia runtime", "The engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
@@ -259,7 +259,7 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     said = re.search(row.says, result.output)
     serves = host.served_gpu() if "running" in host.container() else ""
     matrix.append(
-        f"| {row.fault} | {' '.join(said[0].split())[:90] if said else 'NOT REPORTED'} | "
+        f"| {row.fault} | {' '.join(said[0].split())[-90:] if said else 'NOT REPORTED'} | "
         f"{'GPU ' + serves if serves else 'nothing yet'} | {changed or 'none'} |\n"
     )
     assert said, result.output

@@ -40,6 +40,14 @@ def test_files_come_back_byte_for_byte_and_the_last_two_are_kept(tmp_path: Path)
             assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_the_same_state_once_more_keeps_the_previous_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        record.save(str(tmp_path), FILES, {"number": number})
+    record.save(str(tmp_path), {**FILES, ".env": b"# a note"}, {"number": 2}, again=True)
+    assert kept(tmp_path, "current").files[".env"] == b"# a note"
+    assert kept(tmp_path, "previous").record == {"number": 1}
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", ""])
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, broken: str) -> None:
     record.save(str(tmp_path), FILES, {})
