@@ -101,22 +101,25 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
     return {"changed": True, "found": True, "record": made, "restored": []}
 
 
-def restore(module: AnsibleModule, directory: str, which: str, keys: Sequence[str]) -> Dict[str, Any]:
-    """Put the files back, and the image's name on the image that was proven."""
-    proven = record.load(directory, which)
-    if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
-        return {"changed": False, "found": False, "record": {}, "restored": [], "env": {}}
+def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
+    """Give the proven image its name back where another one has it; say whether that was so."""
     image, wanted = proven.record["image"], proven.record["image_id"]
-    moved = server.image_id(image) != wanted
-    # Before the files: what can't be started again isn't put back.
-    if moved and not module.check_mode:
-        tagged = shell.run(["docker", "image", "tag", wanted, image])
-        if tagged.code != 0:
-            raise server.Problem(
-                "The image that {0} was proven with ({1}) can't be given its name back: {2}".format(
-                    image, wanted, tagged.err
-                )
+    if server.image_id(image) == wanted:
+        return False
+    tagged = (
+        shell.Output(0, "", "") if module.check_mode else shell.run(["docker", "image", "tag", wanted, image])
+    )
+    if tagged.code != 0:
+        raise server.Problem(
+            "The image that {0} was proven with ({1}) can't be given its name back: {2}".format(
+                image, wanted, tagged.err
             )
+        )
+    return True
+
+
+def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> List[str]:
+    """Put the compose file and `.env` back byte for byte; return which ones had changed."""
     restored = []
     for name, mode in ((server.COMPOSE_FILE, 0o644), (server.ENV_FILE, 0o600)):
         path = os.path.join(directory, name)
@@ -125,6 +128,19 @@ def restore(module: AnsibleModule, directory: str, which: str, keys: Sequence[st
         restored.append(path)
         if not module.check_mode:
             record.write_whole(path, proven.files[name], mode)
+    return restored
+
+
+def restore(module: AnsibleModule, directory: str, which: str, keys: Sequence[str]) -> Dict[str, Any]:
+    """Put the files back, and the image's name on the image that was proven."""
+    proven = record.load(directory, which)
+    if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
+        return {"changed": False, "found": False, "record": {}, "restored": [], "env": {}}
+    # By hand, what can't be started again isn't put back. After a failure the
+    # files come back whatever has become of the engine.
+    moved = which == "previous" and restore_image(module, proven)
+    restored = restore_files(module, directory, proven)
+    moved = moved or (which == "current" and restore_image(module, proven))
     said = dotenv.values(proven.files[server.ENV_FILE])
     env = {key: said[key] for key in keys if said.get(key) is not None}
     return {
