@@ -97,5 +97,5 @@ lock: .venv/.dev ## Write the lock files again, with the newest versions
 .PHONY: clean
 clean: ## Remove everything that make has made, and nothing else
 	@rm -rf .venv .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@if $(SIM)/setup clean; then rm -rf .cache; else [[ $$? -eq 3 ]]; fi
+	@$(SIM)/setup clean
 	@find . -name __pycache__ -prune -exec rm -rf {} +
