@@ -45,19 +45,24 @@ class GpuHost:
         (alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
         self.look: Host = testinfra.get_host(f"ssh://{alias}", ssh_config=str(config))
 
-    def play(self, playbook: str, *arguments: str, **variables: object) -> Result:
-        """Run a playbook from the root of the clone, with the variables as -e."""
-        words = [word for key, value in variables.items() for word in ("-e", f"{key}={value}")]
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a play against this host runs with; its output comes line by line."""
+        return {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ANSIBLE_INVENTORY": str(self.inventory),
             "ANSIBLE_NOCOLOR": "1",
+            "PYTHONUNBUFFERED": "1",
         }
+
+    def play(self, playbook: str, *arguments: str, **variables: object) -> Result:
+        """Run a playbook from the root of the clone, with the variables as -e."""
+        words = [word for key, value in variables.items() for word in ("-e", f"{key}={value}")]
         done = subprocess.run(
             ["ansible-playbook", playbook, *words, *arguments],
             cwd=ROOT,
-            env=environment,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

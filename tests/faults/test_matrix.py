@@ -13,11 +13,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -99,17 +97,10 @@ def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], 
     """Start the play, act once when a line with `at` shows, and let it end."""
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "ANSIBLE_INVENTORY": str(host.inventory),
-            "ANSIBLE_NOCOLOR": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
         words = ["ansible-playbook", "serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables})]
         output, acted = "", False
         with subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            words, cwd=ROOT, env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
         ) as process:  # fmt: skip
             assert process.stdout
