@@ -342,11 +342,11 @@ not_running() {
 read_pids() { # of every process of the container: vLLM's work on the card is done by a child
   local line name
   call docker top "$id" -eo pid,comm # never the arguments: they can hold secrets
-  if [[ ${err,,} == *'is not running'* || ${err,,} == *'no such container'* ]]; then
-    status=exited # since we inspected it
-    not_running
-    return
-  fi
+  case ${err,,} in # what became of it since we inspected it
+    *'is restarting'*) status=restarting ;;
+    *'is not running'* | *'no such container'*) status=exited ;;
+  esac
+  [[ $status == running ]] || { not_running; return; }
   ((rc)) && { docker_problem; return; }
   split "$out"
   [[ ${lines[0]-} =~ ^\ *PID ]] || lines=('' 'no table')

@@ -20,8 +20,6 @@ _ON_NO_CARD = 20
 
 def verdict(state: dict[str, Any], first_restarts: int) -> str | None:
     """Return why no more waiting will help, or None while it may."""
-    if state["problems"]:
-        return " ".join(state["problems"])
     container = state["container"]
     if container is None:
         return "The container is gone."
@@ -62,6 +60,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         # Restarts of a container that was there before are old news.
         before = arguments.pop("before", None) or {}
         said, said_at, ready_at = "", 0.0, 0.0
+        problems: list[str] = []
         while True:
             state = self._execute_module(
                 module_name="mlops.vllm_gpu.server_info",
@@ -72,8 +71,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             result.update(state, elapsed=round(elapsed))
             if state.get("failed") or state.get("unreachable") or state["proven"]:
                 return result
+            # One look can stumble over a busy engine or driver; the next one shows it.
+            if state["problems"] and not problems:
+                problems = state["problems"]
+                time.sleep(interval)
+                continue
+            problems = state["problems"]
             same = state["container"] and state["container"]["id"] == before.get("id")
-            reason = verdict(state, before["restarts"] if same else 0)
+            reason = " ".join(problems) or verdict(state, before["restarts"] if same else 0)
             if not state["api"]["healthy"]:
                 ready_at = elapsed
             elif reason is None and elapsed - ready_at > _ON_NO_CARD:

@@ -512,10 +512,18 @@ def test_never_started(host: Host) -> None:
     assert host.judge()["container"]["started_at"] is None
 
 
-def test_stopped_or_replaced_while_being_looked_at(host: Host) -> None:
-    for text in (f"container {CONTAINER} is not running", f"No such container: {CONTAINER}"):
-        host.says("docker.top", "", f"Error response from daemon: {text}", rc=1)
-        assert host.judge()["cause"] == "container_not_running"
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        (f"container {CONTAINER} is not running", "exited"),
+        (f"No such container: {CONTAINER}", "exited"),
+        (f"Container {CONTAINER} is restarting, wait until the container is running", "restarting"),
+    ],
+)
+def test_stopped_or_replaced_while_being_looked_at(host: Host, text: str, status: str) -> None:
+    host.says("docker.top", "", f"Error response from daemon: {text}", rc=1)
+    data = host.judge()
+    assert (data["cause"], data["container"]["status"]) == ("container_not_running", status)
 
 
 def test_a_vanished_process_changes_nothing(host: Host) -> None:

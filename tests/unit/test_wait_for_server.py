@@ -1,0 +1,97 @@
+"""The wait: what it goes on for, what ends it, and what it then says."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible.plugins.action import ActionBase
+from ansible_collections.mlops.vllm_gpu.plugins.action import wait_for_server
+
+REFEREE = {"code": 0, "cause": "", "message": "vllm-server runs on GPU 1.", "cure": ""}
+LOADING = {"code": 3, "cause": "no_process_yet", "message": "no process on any GPU yet", "cure": ""}
+DOWN: dict[str, Any] = {"healthy": False, "error": "no answer"}
+
+
+def look(**changes: object) -> dict[str, Any]:
+    """One look at a server that is still loading."""
+    container = {
+        "id": "c1", "status": "running", "exit_code": 0, "error": "", "oom_killed": False, "restarts": 0,
+    }  # fmt: skip
+    container.update(changes.pop("container", {}))  # type: ignore[call-overload]
+    state = {
+        "problems": [], "proven": False, "recorded": False, "container": container, "referee": LOADING,
+        "api": DOWN, "doubts": ["API: no answer."], "log": ["loading"],
+    }  # fmt: skip
+    return {**state, **changes}
+
+
+class Scripted(wait_for_server.ActionModule):
+    """The action, with the looks that it is to take; the last one stays."""
+
+    def __init__(self, looks: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
+        self._task = SimpleNamespace(args={"timeout": 60, **arguments}, async_val=0)
+        self._looks = looks
+
+    def _execute_module(self, **_arguments: object) -> dict[str, Any]:
+        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+
+
+def wait(monkeypatch: pytest.MonkeyPatch, looks: list[dict[str, Any]], **arguments: object) -> dict[str, Any]:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(ActionBase, "run", lambda *_arguments: {})
+    return Scripted(looks, dict(arguments)).run(task_vars={"inventory_hostname": "gpu01"})
+
+
+def test_it_waits_while_a_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = wait(monkeypatch, [look(), look(), look(proven=True)])
+    assert result["proven"]
+    assert result["elapsed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"container": None}, "The container is gone."),
+        ({"container": {"status": "exited", "exit_code": 7}}, "The server died with exit code 7."),
+        ({"container": {"restarts": 1}}, "has started it again (1 times)"),
+        ({"container": {"oom_killed": True}}, "ran out of memory"),
+        ({"referee": {"code": 1, "message": "runs on GPU 0", "cure": "Do this."}}, "runs on GPU 0 Do this."),
+        ({"referee": REFEREE, "api": {"healthy": True, "error": "it serves x"}}, "answers, but it serves x"),
+    ],
+)
+def test_it_ends_at_once(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str) -> None:
+    one = look(**changes) if changes != {"container": None} else {**look(), "container": None}
+    result = wait(monkeypatch, [look(), one])
+    assert result["failed"]
+    assert not result["proven"]
+    assert result["elapsed"] == 2
+    assert said in result["msg"]
+    assert result["msg"].endswith("The last lines of its log:\n  loading")
+
+
+def test_restarts_of_the_container_before_are_old_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = look(container={"restarts": 3})
+    result = wait(monkeypatch, [again, look(proven=True)], before={"id": "c1", "restarts": 3})
+    assert result["proven"]
+
+
+def test_one_look_that_stumbles_is_looked_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = look(problems=["docker gave no answer in 20 s."])
+    assert wait(monkeypatch, [look(), bad, look(), bad, look(proven=True)])["proven"]
+    result = wait(monkeypatch, [look(), bad, bad])
+    assert "no answer in 20 s" in result["msg"]
+
+
+def test_ready_but_on_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = wait(monkeypatch, [look(api={"healthy": True, "error": None})])
+    assert "The API is ready, but no process on any GPU yet" in result["msg"]
+    assert result["elapsed"] < 30
+
+
+def test_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "was not ready after 60 s: API: no answer." in wait(monkeypatch, [look()])["msg"]
