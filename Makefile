@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 SIM := molecule/simulated_host
+KILLS ?= 30
 # $(call step,what,command): a person who waits sees a step, and its time.
 step = echo "==> $(1)"; SECONDS=0; $(2); echo "    done in $$SECONDS s"
 # Only these two of the collections in PyPI's `ansible` bundle; all of them
@@ -73,12 +74,18 @@ unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
 
 .PHONY: scenarios
 scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU hosts
-	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all)
+	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all --exclude faults --exclude kills)
 	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
 
 .PHONY: faults
 faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
-	@$(call step,The fault matrix, $(BIN)/pytest tests/faults)
+	@$(call step,The fault matrix, PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name faults)
+	@cat .cache/faults.md
+
+.PHONY: kills
+kills: .venv/.dev machine ## Kill KILLS=30 plays at random moments; the next one must repair the host
+	@$(call step,Killed plays, KILLS=$(KILLS) PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name kills)
+	@cat .cache/kills.md
 
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions

@@ -16,11 +16,11 @@ export LC_ALL=C # match bytes, and have the other programs' messages in English
 readonly SERVICE=vllm # the Compose service that --project looks for
 readonly NUMBER='(0|[1-9][0-9]{0,8})' MEMORY='([0-9]{1,9}|\[[^]]*\]|N/A)( MiB)?'
 
-judged=0 json=0 quiet=0 deep=0 limit=10 expect='' container='' project=''
+judged=0 json=0 quiet=0 deep=0 drift=1 limit=10 expect='' container='' project=''
 verdict=unknown code=3 cause='' message='' cure=''
 gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=()
 app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=()
-id='' status='' exit_code='' started='' image='' asked=() asked_count=0 pids=()
+id='' status='' exit_code='' started='' image='' directory='' asked=() asked_count=0 pids=()
 expected_id='' place=''            # what is expected, and the UUID that this means
 declare -A slot_of=() comm_of=()   # GPU or MIG UUID: its card's place in gpu_…; own PID: its name
 
@@ -33,6 +33,8 @@ show_help() {
     '  --container NAME   the container to judge (default: vllm-server)' \
     "  --project NAME     or: the container of service \"$SERVICE\" in this Compose project" \
     '  --deep             also ask inside the container whether it still sees its GPU' \
+    '  --no-drift         take an index for what it means now, whatever it meant when' \
+    '                     the server was proven' \
     '  --timeout SECONDS  limit for each call of nvidia-smi and docker (default: 10)' \
     '  --json             print one JSON object instead of the report' \
     '  --quiet            print nothing: only the exit code' \
@@ -55,7 +57,7 @@ parse_options() {
   while (($#)); do
     option=${1%%=*} value=${1#*=}
     case $1 in
-      --json | --help | --quiet | --deep) ;;
+      --json | --help | --quiet | --deep | --no-drift) ;;
       --expect=* | --container=* | --project=* | --timeout=*) ;;
       --expect | --container | --project | --timeout)
         (($# > 1)) || usage_error "$1 needs a value."
@@ -68,6 +70,7 @@ parse_options() {
       --help) show_help; judged=1; exit 0 ;;
       --quiet) quiet=1 ;;
       --deep) deep=1 ;;
+      --no-drift) drift=0 ;;
       --expect)
         bus_number "$value" || [[ $value =~ ^($NUMBER|(GPU|MIG)-[0-9A-Za-z/-]{1,80})$ ]] ||
           usage_error "'$value' is no GPU index, UUID or PCI bus id."
@@ -289,7 +292,8 @@ name {{.Name}}
 status {{.State.Status}}
 exit {{.State.ExitCode}}
 started {{.State.StartedAt}}
-image {{.Config.Image}}{{range .HostConfig.DeviceRequests}}
+image {{.Config.Image}}
+directory {{json (index .Config.Labels "com.docker.compose.project.working_dir")}}{{range .HostConfig.DeviceRequests}}
 driver {{.Driver}}
 count {{.Count}}{{range .DeviceIDs}}
 device {{json .}}{{end}}{{end}}' "$container"
@@ -304,6 +308,7 @@ device {{json .}}{{end}}{{end}}' "$container"
       exit:*) [[ $status == @(exited|dead|restarting) ]] && exit_code=$value ;;
       started:*) [[ $value == 0001-* ]] || started=$value ;; # 0001: never
       image:*) image=$value ;;
+      directory:*) [[ $value =~ ^\"(/[^\"\\]*)\"$ ]] && directory=${BASH_REMATCH[1]} ;;
       driver:*) driver=$value ;;
       count: | count:nvidia) [[ $value =~ ^(-1|[1-9][0-9]*)$ ]] && asked_count=$value ;;
       device: | device:nvidia) add_request "$value" ;;
@@ -379,7 +384,7 @@ judge() {
     fi
     place=$REPLY
   fi
-  [[ $cause ]] || judge_processes
+  [[ $cause ]] || has_drifted || judge_processes
 }
 
 expect_what_was_asked() { # sets $expected_id and $place; without them there is a problem
@@ -403,6 +408,21 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
   [[ $why ]] || return
   place=''
   [[ $cause ]] || problem "$why" "$container $sentence" "$next"
+}
+
+# An index can mean another card after a reboot or a change of cards. What it meant when the server was
+# proven stands beside its files; only root may read it there.
+has_drifted() {
+  local index='' uuid='' file=$directory/.proven/current/gpu
+  ((drift && ${#asked[@]} == 1)) && [[ $directory && -r $file ]] || return 1
+  read -r index uuid <"$file"
+  [[ $index =~ ^$NUMBER$ && $index == "${asked[0]}" && $uuid != "$place" ]] || return 1
+  find_card "$index" && [[ $REPLY == "$place" ]] || return 1
+  card "$place"
+  verdict=misplaced code=1 cause=gpu_drifted
+  message="$REPLY is another card than GPU $index was when $container was proven: that was $uuid."
+  cure="Name the card by its UUID in gpu_device_id, or accept the new numbering: ansible-playbook serve.yml "
+  cure+="-e '{\"vllm_gpu_force\": [\"drift\"]}'."
 }
 
 judge_processes() {

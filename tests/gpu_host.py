@@ -48,8 +48,10 @@ class GpuHost:
     @property
     def environment(self) -> dict[str, str]:
         """What a play against this host runs with; its output comes line by line."""
+        # Without what Molecule sets for its own plays: as a user has it.
+        mine = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         return {
-            **os.environ,
+            **mine,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ANSIBLE_INVENTORY": str(self.inventory),
             "ANSIBLE_NOCOLOR": "1",
@@ -105,12 +107,17 @@ class GpuHost:
         return ",".join(sorted(on))
 
 
+def running(name: str) -> GpuHost:
+    """The simulated GPU host of that name, which runs already."""
+    inventory = ROOT / ".cache" / f"{name}.yml"
+    inventory.write_text(gpuhost("inventory", name), encoding="utf-8")
+    return GpuHost(name, inventory)
+
+
 @contextlib.contextmanager
 def started(name: str) -> Iterator[GpuHost]:
     """A fresh simulated GPU host of that name, for the time of a `with`."""
     gpuhost("down", name)
     gpuhost("up", name)
-    inventory = ROOT / ".cache" / f"{name}.yml"
-    inventory.write_text(gpuhost("inventory", name), encoding="utf-8")
-    yield GpuHost(name, inventory)
+    yield running(name)
     gpuhost("down", name)

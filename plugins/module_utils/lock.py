@@ -16,10 +16,10 @@ import time
 from typing import Any, Dict, Iterator, Optional
 
 PATH = "/run/vllm_gpu.lock"
-# How long a lease lasts. Long enough for the longest step that doesn't renew
-# it (stopping the old container, within its grace period, and starting the new
-# one), then short, so that a killed play is soon forgotten. Seconds.
-STEP = 120
+# How long a lease lasts: at first long enough for the longest step that doesn't
+# renew it (besides the grace period of the old container, which is added), then
+# short, so that a killed play is soon forgotten. Seconds.
+STEP = 90
 RENEWAL = 15
 
 
@@ -45,16 +45,17 @@ def _write(descriptor: int, lease: Dict[str, Any]) -> None:
     os.pwrite(descriptor, json.dumps(lease).encode(), 0)
 
 
-def take(run: str, who: str) -> Optional[Dict[str, Any]]:
+def take(run: str, who: str, grace: int = 30) -> Optional[Dict[str, Any]]:
     """Take the lock for `run`, or return the lease of the play that holds it.
 
+    `grace` is the time that the old container may take to stop, in seconds.
     Times are of the monotonic clock: setting the host's clock changes nothing.
     """
     with _opened() as descriptor:
         lease, now = _read(descriptor), time.monotonic()
         if lease and lease["run"] != run and lease["until"] > now:
             return lease
-        _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP})
+        _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP + grace})
         return None
 
 

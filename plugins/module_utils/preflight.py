@@ -135,7 +135,9 @@ def check_training(asked: Asked) -> Optional[str]:
     gpu = asked.state["gpu"]
     if not gpu or "training" in asked.force:
         return None
-    if {str(gpu["index"]), gpu["uuid"], gpu["pci_bus_id"]} & {str(one) for one in asked.training_gpus}:
+    bus = gpu["pci_bus_id"].lower()
+    names = {str(gpu["index"]), gpu["uuid"].lower(), bus, bus[4:], bus.split(":", 1)[1]}
+    if names & {str(one).lower() for one in asked.training_gpus}:
         return (
             "GPU {0} ({1}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
             'you mean it with -e \'{{"vllm_gpu_force": ["training"]}}\'.'.format(gpu["index"], gpu["name"])
@@ -146,10 +148,11 @@ def check_training(asked: Asked) -> Optional[str]:
 def check_drift(asked: Asked) -> Optional[str]:
     """The index that was proven means the same physical card as then."""
     gpu, last = asked.state["gpu"], asked.state["last_proven"]
-    if not gpu or not last or "drift" in asked.force or last["requested"] == gpu["uuid"]:
+    if not gpu or not last or "drift" in asked.force:
         return None
     then = last["gpu"]
-    if then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
+    requested = asked.state["gpu_device_id"] or last["requested"]
+    if not requested.isdigit() or then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
         return None
     return (
         "GPU {0} is another card than it was: {1} ({2}) when the server was proven at {3}, now {4} ({5}). Name the "
@@ -238,6 +241,25 @@ def check_disk(asked: Asked) -> Optional[str]:
     )
 
 
+def check_image(asked: Asked) -> Optional[str]:
+    """An image that has to be pulled is in its registry.
+
+    Only a registry's clear no counts. Whatever else keeps this question from
+    an answer may not keep the engine from pulling, which it tries before
+    anything is changed.
+    """
+    if asked.state["image_present"]:
+        return None
+    image = asked.state["image"]
+    answer = shell.run(["docker", "manifest", "inspect", image])
+    if answer.code == 0 or not re.search("no such manifest|manifest unknown|denied|unauthorized", answer.err):
+        return None
+    return (
+        "The image {0} is not on this host and can't be pulled: {1}. Mend vllm_gpu_image, or log in with "
+        "`docker login`.".format(image, answer.err.splitlines()[-1])
+    )
+
+
 def check_model(asked: Asked) -> Optional[str]:
     """A model that is named by its path is there."""
     model = str(asked.service["command"][0])
@@ -272,6 +294,7 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_exposure,
     check_model,
     check_disk,
+    check_image,
 ]
 
 

@@ -18,6 +18,8 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 KEEP = ".proven"
 RECORD = "record.json"
+# Which card the index meant, for the referee, which reads no JSON: `INDEX UUID`.
+GPU = "gpu"
 
 
 class Proven(NamedTuple):
@@ -58,6 +60,7 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
             with open(os.path.join(directory, name), "rb") as stream:
                 files[name] = stream.read()
         made = json.loads(files.pop(RECORD))
+        del files[GPU]
     except (OSError, ValueError, KeyError):
         return None
     return Proven(files, made) if isinstance(made, dict) else None
@@ -79,6 +82,8 @@ def save(
     write_whole(
         os.path.join(fresh, RECORD), json.dumps(record, indent=2, sort_keys=True).encode() + b"\n", 0o600
     )
+    card = "{requested} {gpu[uuid]}\n".format(**record)
+    write_whole(os.path.join(fresh, GPU), card.encode(), 0o600)
     current = _target(keep, "current")
     if current and not again:
         _point(keep, "previous", current)

@@ -7,7 +7,6 @@ it changes anything, in check mode, and afterwards as the proof.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -26,8 +25,10 @@ SERVICE = "vllm"
 CONTAINER = "vllm-server"
 
 _API_TIMEOUT = 5
-_UUID = r"GPU-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_GPU_ID = re.compile(r"(?:0|[1-9][0-9]{0,2}|" + _UUID + r")\Z", re.ASCII)
+_INDEX = r"0|[1-9][0-9]{0,2}"
+_UUID = r"(?:GPU|MIG)-[0-9A-Za-z/-]{1,80}"
+_PCI_BUS_ID = r"(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]"
+_GPU_ID = re.compile("(?:{0}|{1}|{2})\\Z".format(_INDEX, _UUID, _PCI_BUS_ID), re.ASCII)
 # Causes of the referee that say "no card or engine to work with", not "no
 # server yet": nothing can be served before they are cured.
 _HOST_CAUSES = (
@@ -50,7 +51,7 @@ _VERDICT = ("verdict", "code", "cause", "message", "cure", "processes", "other_p
 _OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
 _INSPECT = (
     '{"id":{{json .Id}},"state":{{json .State}},"image_id":{{json .Image}},'
-    '"image":{{json .Config.Image}},"labels":{{json .Config.Labels}},'
+    '"image":{{json .Config.Image}},"stop_timeout":{{json .Config.StopTimeout}},"labels":{{json .Config.Labels}},'
     '"restarts":{{json .RestartCount}},"ports":{{json .HostConfig.PortBindings}},"requests":{{json .HostConfig.DeviceRequests}}}'
 )
 
@@ -83,22 +84,37 @@ def describe(gpus: Sequence[Mapping[str, Any]]) -> str:
     return " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in gpus)
 
 
-def find_gpu(requested: str, gpus: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the card that `requested` (an index or a UUID) names.
+def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the card, or MIG instance, that the referee took `requested` for.
 
     Raises Problem, naming the cards that it could be, for anything else. The
     spelling is checked first: what isn't one plain id reaches no command.
     """
+    gpus = verdict.get("gpus") or []
     choice = "It could be {0}.".format(describe(gpus)) if gpus else "This host shows no GPU."
     if not _GPU_ID.match(requested):
         raise Problem(
-            "gpu_device_id is {0}, which is not the id of one GPU: it must be an index such as 0, or a UUID "
-            "such as GPU-0a1b2c3d-…. {1}".format(json.dumps(requested), choice)
+            "gpu_device_id is {0}, which is not the id of one GPU: it must be an index such as 0, a UUID such as "
+            "GPU-0a1b2c3d-…, or a PCI bus id such as 00000000:01:00.0. {1}".format(
+                json.dumps(requested), choice
+            )
         )
-    for gpu in gpus:
-        if requested in (str(gpu["index"]), gpu["uuid"]):
-            return gpu
-    raise Problem("gpu_device_id is {0}, but this host has no such GPU. {1}".format(requested, choice))
+    gpu = expected_gpu(verdict)
+    if gpu is None:
+        raise Problem("gpu_device_id is {0}, but this host has no such GPU. {1}".format(requested, choice))
+    return gpu
+
+
+def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
+    """Return the card that the referee's verdict is about, or None."""
+    expected = verdict.get("expected")
+    for gpu in verdict.get("gpus") or []:
+        if expected and gpu["index"] == expected["index"]:
+            if gpu["uuid"] == expected["uuid"]:
+                return dict(gpu)
+            # A MIG instance: nvidia-smi gives the memory of the whole card only.
+            return dict(gpu, uuid=expected["uuid"], memory_total_mib=None, memory_used_mib=None)
+    return None
 
 
 def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
@@ -107,7 +123,7 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
     The script comes over stdin, so the host is judged by this version of it,
     also before it was ever installed there.
     """
-    argv = ["bash", "-s", "--", "--json", "--deep", "--container", CONTAINER]
+    argv = ["bash", "-s", "--", "--json", "--deep", "--no-drift", "--container", CONTAINER]
     output = shell.run(argv + (["--expect", expect] if expect is not None else []), script.encode())
     try:
         verdict = json.loads(output.out)
@@ -292,7 +308,9 @@ def inspect_container() -> Optional[Dict[str, Any]]:
         "ports": [int(one["HostPort"]) for bound in (raw["ports"] or {}).values() for one in bound],
         "image": raw["image"],
         "image_id": raw["image_id"],
+        "stop_timeout": raw["stop_timeout"] or 10,
         "project": labels.get("com.docker.compose.project"),
+        "project_dir": labels.get("com.docker.compose.project.working_dir"),
         "config_hash": labels.get("com.docker.compose.config-hash"),
         "requested": [
             str(one) for request in raw["requests"] or [] for one in request.get("DeviceIDs") or []
@@ -395,19 +413,36 @@ def exported_secrets(wanted: Mapping[str, Any]) -> List[str]:
 
 
 def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: Dict[str, Any]) -> None:
-    """Ask the referee; fill in `referee`, `gpus` and `gpu`, and what is wrong with them."""
+    """Ask the referee; fill in `referee`, `gpus`, `gpu` and `gpu_device_id`."""
     plain = gpu_device_id is None or bool(_GPU_ID.match(gpu_device_id))
     verdict = referee(wanted["referee"], gpu_device_id if plain else None)
     state["referee"] = {key: verdict.get(key) for key in _VERDICT}
     state["gpus"] = verdict.get("gpus") or []
     if verdict.get("cause") in _HOST_CAUSES:
         raise Problem("{message} {cure}".format(**verdict))
-    asked = (verdict.get("container") or {}).get("requested") or []
-    if gpu_device_id is not None:
-        state["gpu"] = find_gpu(gpu_device_id, state["gpus"])
-    elif len(asked) == 1:
-        with contextlib.suppress(Problem):
-            state["gpu"] = find_gpu(asked[0], state["gpus"])
+    if gpu_device_id is None:
+        state["gpu"] = expected_gpu(verdict)
+        return
+    state["gpu"] = find_gpu(gpu_device_id, verdict)
+    # An index stays one; every other spelling becomes the UUID, which the
+    # engine understands, and which a reboot doesn't change.
+    state["gpu_device_id"] = gpu_device_id if gpu_device_id.isdigit() else state["gpu"]["uuid"]
+
+
+def check_owner(container: Mapping[str, Any], project: str, project_dir: str) -> None:
+    """Raise Problem for a container that somebody else set up: it could not be gone back to."""
+    if container["project"] != project:
+        owner = "of {0}".format(
+            "the Compose project " + container["project"] if container["project"] else "no Compose project"
+        )
+    elif os.path.realpath(container["project_dir"] or "/") != os.path.realpath(project_dir):
+        owner = "started from {0} and not from {1}".format(container["project_dir"], project_dir)
+    else:
+        return
+    raise Problem(
+        "A container named {0} is there already, {1}. It is not this role's to replace; when nobody "
+        "needs it, remove it with: docker rm -f {0}".format(CONTAINER, owner)
+    )
 
 
 def read_service(
@@ -420,14 +455,8 @@ def read_service(
     wanted_image = image_id(service["image"])
     state["image_present"] = wanted_image is not None
     container = state["container"] = inspect_container()
-    if container and container["project"] != project:
-        owner = (
-            "the Compose project " + container["project"] if container["project"] else "no Compose project"
-        )
-        raise Problem(
-            "A container named {0} is there already, of {1}. It is not this role's to replace; when nobody "
-            "needs it, remove it with: docker rm -f {0}".format(CONTAINER, owner)
-        )
+    if container:
+        check_owner(container, project, wanted["project_dir"])
     if container:
         state["recreate"] = container["config_hash"] != config_hash or container["image_id"] != wanted_image
         # A container that will be replaced listens where it was told before.
@@ -440,7 +469,7 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
     """Take the one look: what is there, what is wanted, and what would change.
 
     Args:
-        gpu_device_id: index or UUID of the card; None means the one that the
+        gpu_device_id: index, UUID or PCI bus id of the card; None means the one that the
             container asked for.
         wanted: WANTED_OPTIONS, filled in.
         options: `as_installed` judges the server by the files that the host
@@ -449,7 +478,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
 
     Returns:
         `problems` (texts with their cures; nothing may be changed while there
-        are any), `gpus`, `gpu` (the asked card), `changes` (sentences),
+        are any), `gpus`, `gpu` (the asked card), `gpu_device_id` (its id as the engine
+            takes it), `changes` (sentences),
         `files_differ`, `recreate` (the container isn't the wanted one),
         `action` (what brings the wanted server up),
         `image_present`, `container`, `referee` (its verdict), `api`,
@@ -463,6 +493,7 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         "problems": problems,
         "gpus": [],
         "gpu": None,
+        "gpu_device_id": None,
         "changes": [],
         "files_differ": False,
         "recreate": True,
@@ -480,6 +511,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
     }
     try:
         read_cards(gpu_device_id, wanted, state)
+        if state["gpu_device_id"] is not None:
+            wanted = dict(wanted, env=dict(wanted["env"], GPU_DEVICE_ID=state["gpu_device_id"]))
     except Problem as problem:
         problems.append(str(problem))
     problems.extend(

@@ -16,7 +16,7 @@ version_added: 0.1.0
 options:
   gpu_device_id:
     description:
-      - Index or UUID of the GPU that the server must be on.
+      - Index, UUID or PCI bus id of the GPU, or UUID of the MIG instance, that the server must be on.
       - When left out, the one that the server's container itself asked for.
     type: str
   as_installed:
@@ -106,6 +106,10 @@ gpu:
   description: The GPU that C(gpu_device_id) names.
   returned: always
   type: dict
+gpu_device_id:
+  description: Its id as the engine takes it, an index or a UUID; null where C(gpu_device_id) was not given or is refused.
+  returned: always
+  type: str
 changes:
   description: What would change, in short sentences.
   returned: always

@@ -10,7 +10,7 @@ short_description: Let one play at a time change the vLLM service of a host
 description:
   - Takes or gives back the host's lock. A play that holds it renews it with every look at the host.
   - Where another play holds it and is alive, fails at once. Where that play was killed, its lock runs out
-    within two minutes, and this one waits for that.
+    within minutes (90 s and the container's grace period at most), and this one waits for that.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
@@ -55,7 +55,7 @@ import uuid
 from typing import Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, server
 
 # After how many renewals the holder counts as alive.
 _ALIVE = 2
@@ -79,12 +79,13 @@ def main() -> None:
     if params["state"] == "released":
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
+    container = server.inspect_container() or {}
     started = time.monotonic()
     # One more renewal may still come from a play that was killed: its last
     # step on the host runs to its end.
     seen: Set[Tuple[str, float]] = set()
     while True:
-        lease = lock.take(run, params["who"])
+        lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
         if lease is None:
             break
         seen.add((str(lease["run"]), float(lease["renewed"])))

@@ -15,7 +15,7 @@ author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
   gpu_device_id:
-    description: Index or UUID of the GPU that the server must be on.
+    description: Index, UUID or PCI bus id of the GPU that the server must be on.
     type: str
   wanted:
     description: What the host should have, as for M(mlops.vllm_gpu.server_info).

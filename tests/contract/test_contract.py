@@ -43,7 +43,7 @@ def env_of_the_role() -> dict[str, str]:
 
 
 def variable_of(key: str) -> str:
-    (name,) = set(re.findall(r"gpu_device_id|vllm_gpu_\w+", VARS["__vllm_gpu_env"][key]))
+    (name,) = set(re.findall(r"(?<![\w.])(?:gpu_device_id|vllm_gpu_\w+)", VARS["__vllm_gpu_env"][key]))
     return str(name)
 
 

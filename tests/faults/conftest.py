@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu_host import ROOT, GpuHost
-from tests.gpu_host import started as start
+from tests.gpu_host import ROOT, GpuHost, running
 
 TABLE = ROOT / ".cache/faults.md"
 HEAD = "| fault | what the play reported | serves afterwards | files changed |\n|---|---|---|---|\n"
@@ -22,9 +18,9 @@ def pytest_configure(config: Any) -> None:  # noqa: ANN401 - pytest's own class 
 
 
 @pytest.fixture(scope="session")
-def started() -> Iterator[GpuHost]:
-    with start("faults") as host:
-        yield host
+def started() -> GpuHost:
+    """The host that the Molecule scenario has made."""
+    return running("faults")
 
 
 @pytest.fixture
@@ -32,12 +28,8 @@ def matrix(request: pytest.FixtureRequest) -> list[str]:
     return request.config.stash[ROWS]
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:  # noqa: ANN401
-    """Print the table that the run made."""
-    rows = config.stash[ROWS]
+def pytest_sessionfinish(session: Any) -> None:  # noqa: ANN401
+    """Keep the table that the run made."""
+    rows = session.config.stash[ROWS]
     if rows:
-        text = HEAD + "".join(rows)
-        TABLE.parent.mkdir(exist_ok=True)
-        Path(TABLE).write_text(text, encoding="utf-8")
-        terminalreporter.section("fault matrix")
-        terminalreporter.write(re.sub(r"`", "", text))
+        TABLE.write_text(HEAD + "".join(rows), encoding="utf-8")

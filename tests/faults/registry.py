@@ -41,13 +41,16 @@ class Registry(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer; the layer is announced whole and sent in part."""
         body, kind, size = b"{}", "application/json", None
-        if "/manifests/" in self.path:
+        if self.path.endswith("/none"):
+            body = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
+        elif "/manifests/" in self.path:
             body, kind = MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"
         elif self.path.endswith(digest(CONFIG)):
             body, kind = CONFIG, "application/octet-stream"
         elif self.path.endswith(LAYER):
             body, kind, size = b"\x1f\x8b" + b"\0" * 1000, "application/octet-stream", 1 << 20
-        self.send_response(200)
+        # A tag that this registry doesn't have.
+        self.send_response(404 if self.path.endswith("/none") else 200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(size or len(body)))
         self.send_header("Docker-Content-Digest", digest(body))

@@ -174,6 +174,8 @@ ROWS = [
     Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
         cure=on_host("rm -rf ~/.docker/cli-plugins")),
     Row("image not found", "is not there and could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
+    Row("image that its registry doesn't have", "can't be pulled: no such manifest", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
+        cure=on_host("pkill -f 'python3 -$' || true")),
     Row("image pull cut off", "could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
         variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host("pkill -f 'python3 -$' || true")),
     Row("port taken by another program", "Port 9000 on 127.0.0.1 can't be listened on .*: python3", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),

@@ -39,6 +39,16 @@ def test_a_first_deployment_that_fails_leaves_no_crash_loop(clean_host: GpuHost)
     assert "acme/does-not-exist" in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
 
 
+def test_a_server_that_was_never_recorded_is_gone_back_to(served: GpuHost) -> None:
+    """As a person leaves it who uses the files by hand, or a play that was killed before its end."""
+    served.look.check_output(f"rm -r {DIRECTORY}/.proven")
+    before = served.look.check_output(f"cat {DIRECTORY}/.env")
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_model="acme/does-not-exist")
+    assert "serves as before: Qwen/Qwen3-0.6B on GPU 0" in output
+    assert served.served_gpu() == "0"
+    assert served.look.check_output(f"cat {DIRECTORY}/.env") == before
+
+
 def test_a_lost_mode_is_mended_without_a_restart(served: GpuHost) -> None:
     before = served.container()
     served.look.check_output(f"chmod 644 {DIRECTORY}/.env && rm {DIRECTORY}/check_gpu_allocation.sh")
@@ -64,6 +74,9 @@ def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: Gpu
             assert result.code != 0, result.output
             assert "GPU 0 is another card than it was" in result.output
         assert served.play("playbooks/verify.yml").code != 0
+        referee = served.look.run(f"{DIRECTORY}/check_gpu_allocation.sh")
+        assert referee.rc == 1
+        assert "another card than GPU 0 was when vllm-server was proven" in " ".join(referee.stdout.split())
         served.serve("-e", '{"gpu_device_id": 0, "vllm_gpu_force": ["drift"]}')
     finally:
         gpuhost("cards", served.name, str(ROOT / "molecule/simulated_host/cards.json"))

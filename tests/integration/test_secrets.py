@@ -58,7 +58,14 @@ def test_secrets_reach_the_server_and_nothing_else(clean_host: GpuHost, vault: s
             assert secret not in text
         # It is where it belongs, so what was searched for was really there.
         assert secret in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
-    assert clean_host.look.file(f"{DIRECTORY}/.env").mode == 0o600
+    env = clean_host.look.file(f"{DIRECTORY}/.env")
+    assert (env.mode, env.user, env.group) == (0o600, "root", "root")
+    # Of what is kept, only the copies of .env hold them, and only root may read those.
+    kept = f"grep -rlE '{KEY}|{TOKEN}|{MINE}' {DIRECTORY} /run/vllm_gpu.lock /var/log /tmp 2>/dev/null"
+    for name in clean_host.look.run(kept).stdout.split():
+        assert name.endswith("/.env"), name
+        assert clean_host.look.file(name).mode == 0o600
+    assert clean_host.look.file(f"{DIRECTORY}/.proven").mode == 0o700
     clean_host.fault("--clear")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -88,12 +89,18 @@ def test_files_without_their_server_are_finished_by_the_next_run(served: GpuHost
     assert served.served_gpu() == "1"
 
 
-def test_a_uuid_names_a_card(served: GpuHost) -> None:
-    uuid = served.look.check_output("nvidia-smi -i 1 --query-gpu=uuid --format=csv,noheader").strip()
-    served.serve(gpu_device_id=uuid)
+@pytest.mark.parametrize("spelling", ["uuid", "UUID", "pci.bus_id", "short"])
+def test_every_spelling_of_a_card_becomes_its_uuid(served: GpuHost, spelling: str) -> None:
+    ask = "nvidia-smi -i 1 --query-gpu=uuid,pci.bus_id --format=csv,noheader"
+    uuid, bus = served.look.check_output(ask).strip().split(", ")
+    named = {"uuid": uuid, "UUID": uuid.upper(), "pci.bus_id": bus, "short": bus.removeprefix("00000000:")}
+    variables = json.dumps({"gpu_device_id": named[spelling]})
+    served.serve("-e", variables)
     assert served.served_gpu() == "1"
     requests = served.look.check_output("docker inspect -f '{{json .HostConfig.DeviceRequests}}' vllm-server")
     assert f'"DeviceIDs":["{uuid}"]' in requests
+    assert f"\nGPU_DEVICE_ID={uuid}\n" in served.look.check_output(f"cat {DIRECTORY}/.env")
+    assert served.serve("-e", variables).changed == 0
 
 
 def test_the_wait_goes_on_while_the_model_loads_and_says_so(served: GpuHost) -> None:
@@ -184,6 +191,16 @@ def test_a_container_of_somebody_else_is_left_alone(foreign: GpuHost) -> None:
     assert "docker rm -f vllm-server" in output
     assert foreign.container() == before
     assert not foreign.look.file(DIRECTORY).exists
+
+
+def test_a_server_started_from_another_directory_is_left_alone(clean_host: GpuHost) -> None:
+    """Its files are not here, so that it could not be gone back to."""
+    clean_host.serve(gpu_device_id=0)
+    before = clean_host.container()
+    output = clean_host.fail_to_serve(gpu_device_id=1, vllm_gpu_project_dir="/opt/elsewhere")
+    assert f"started from {DIRECTORY} and not from /opt/elsewhere" in output
+    assert clean_host.container() == before
+    assert not clean_host.look.file("/opt/elsewhere").exists
 
 
 def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:

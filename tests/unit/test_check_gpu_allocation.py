@@ -134,13 +134,15 @@ class Host:
         code: int = 0,
         image: str | bytes = "vllm/vllm-openai:v0.24.0",
         started: str = "2026-11-22T13:16:31.123456789Z",
+        directory: object = None,
     ) -> None:
         """Set what `docker inspect` says with the script's format; without ids GPU 1 was asked for."""
         devices = "".join(f"device {json.dumps(i)}\n" for i in ids or ("1",) if not count)
         request = f"driver {driver}\ncount {count}\n{devices}" if ids != (None,) else ""
         head = f"id {CONTAINER}\nname /vllm-server\nstatus {status}\nexit {code}\nstarted {started}\nimage "
         image = image.encode() if isinstance(image, str) else image
-        self.says("docker.inspect", head.encode() + image + b"\n" + request.encode())
+        label = f"\ndirectory {json.dumps(directory)}\n"
+        self.says("docker.inspect", head.encode() + image + label.encode() + request.encode())
 
     def top(self, *processes: int | tuple[int, str | bytes]) -> None:
         rows = b"PID                 COMMAND\n"
@@ -181,6 +183,45 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
     return Host(tmp_path / "bin")
+
+
+# --- An index that means another card than it did ----------------------------------------------------
+
+
+def proven(host: Host, text: str) -> None:
+    """Let the container's project say what was proven, as the role records it."""
+    state = host.path / "project/.proven/current"
+    state.mkdir(parents=True)
+    (state / "gpu").write_text(text)
+    host.container(directory=str(host.path / "project"))
+
+
+@pytest.mark.parametrize("expect", [(), ("--expect", "1"), ("--expect", GPU1)])
+def test_an_index_that_means_another_card_is_reported(host: Host, expect: tuple[str, ...]) -> None:
+    proven(host, f"1 {GPU0}\n")
+    data = host.judge(*expect)
+    assert (data["verdict"], data["cause"], data["code"]) == ("misplaced", "gpu_drifted", 1)
+    assert GPU0 in data["message"]
+    assert "vllm_gpu_force" in data["cure"]
+    assert host.judge("--no-drift", *expect)["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("text", [f"1 {GPU1}\n", f"0 {GPU0}\n", f"{GPU1} {GPU1}\n", "", "\n", "1", "x\0y"])
+def test_what_was_proven_and_still_holds_is_fine(host: Host, text: str) -> None:
+    proven(host, text if text != "1" else f"1 {GPU1}")
+    assert host.judge()["verdict"] == "ok"
+
+
+def test_a_container_asked_for_by_uuid_does_not_drift(host: Host) -> None:
+    proven(host, f"1 {GPU0}\n")
+    host.container(GPU1, directory=str(host.path / "project"))
+    assert host.judge()["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("directory", ['/a"b', "relative", "", 7, "/no/such"])
+def test_a_directory_that_is_none_is_passed_over(host: Host, directory: object) -> None:
+    host.container(directory=directory)
+    assert host.judge()["verdict"] == "ok"
 
 
 # --- On the card, on a wrong one, on one too many ----------------------------------------------------
@@ -902,6 +943,7 @@ def test_secrets_are_never_asked_for(host: Host) -> None:
         "{{.State.ExitCode}}",
         "{{.State.StartedAt}}",
         "{{.Config.Image}}",
+        '{{json (index .Config.Labels "com.docker.compose.project.working_dir")}}',
         "{{range .HostConfig.DeviceRequests}}",
         "{{.Driver}}",
         "{{.Count}}",

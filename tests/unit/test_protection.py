@@ -22,6 +22,10 @@ def kept(directory: Path, which: str) -> record.Proven:
     return proven
 
 
+def proof(number: int) -> dict[str, Any]:
+    return {"number": number, "requested": "1", "gpu": {"uuid": f"GPU-{number}"}}
+
+
 def test_nothing_was_proven_yet(tmp_path: Path) -> None:
     assert record.load(str(tmp_path), "current") is None
     assert record.load(str(tmp_path), "previous") is None
@@ -29,10 +33,12 @@ def test_nothing_was_proven_yet(tmp_path: Path) -> None:
 
 def test_files_come_back_byte_for_byte_and_the_last_two_are_kept(tmp_path: Path) -> None:
     for number in range(4):
-        record.save(str(tmp_path), {**FILES, ".env": FILES[".env"] * (number + 1)}, {"number": number})
-    assert kept(tmp_path, "current").record == {"number": 3}
+        record.save(str(tmp_path), {**FILES, ".env": FILES[".env"] * (number + 1)}, proof(number))
+    assert kept(tmp_path, "current").record == proof(3)
     assert kept(tmp_path, "current").files[".env"] == FILES[".env"] * 4
-    assert kept(tmp_path, "previous").record == {"number": 2}
+    assert kept(tmp_path, "previous").record == proof(2)
+    # For the referee, which reads no JSON: which card the index meant.
+    assert (tmp_path / ".proven/current/gpu").read_text(encoding="utf-8") == "1 GPU-3\n"
     # Older ones, which hold secrets too, are gone.
     assert len(list((tmp_path / ".proven").glob("state.*"))) == 2
     for path in (tmp_path / ".proven").rglob("*"):
@@ -42,21 +48,21 @@ def test_files_come_back_byte_for_byte_and_the_last_two_are_kept(tmp_path: Path)
 
 def test_the_same_state_once_more_keeps_the_previous_one(tmp_path: Path) -> None:
     for number in (1, 2):
-        record.save(str(tmp_path), FILES, {"number": number})
-    record.save(str(tmp_path), {**FILES, ".env": b"# a note"}, {"number": 2}, again=True)
+        record.save(str(tmp_path), FILES, proof(number))
+    record.save(str(tmp_path), {**FILES, ".env": b"# a note"}, proof(2), again=True)
     assert kept(tmp_path, "current").files[".env"] == b"# a note"
-    assert kept(tmp_path, "previous").record == {"number": 1}
+    assert kept(tmp_path, "previous").record == proof(1)
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", ""])
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, broken: str) -> None:
-    record.save(str(tmp_path), FILES, {})
+    record.save(str(tmp_path), FILES, proof(1))
     (tmp_path / ".proven/current/record.json").write_text(broken, encoding="utf-8")
     assert record.load(str(tmp_path), "current") is None
 
 
 def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record.save(str(tmp_path), FILES, {"number": 1})
+    record.save(str(tmp_path), FILES, proof(1))
 
     def crash(*_arguments: object) -> None:
         raise KeyboardInterrupt
@@ -65,8 +71,8 @@ def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(record, name, crash)
             with pytest.raises(KeyboardInterrupt):
-                record.save(str(tmp_path), FILES, {"number": 2})
-        assert kept(tmp_path, "current").record == {"number": 1}
+                record.save(str(tmp_path), FILES, proof(2))
+        assert kept(tmp_path, "current").record == proof(1)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
@@ -115,7 +121,9 @@ def test_a_play_that_is_alive_keeps_the_lock(clock: list[float]) -> None:
 
 def test_the_lock_of_a_killed_play_runs_out(clock: list[float]) -> None:
     lock.take("a", "A")
-    clock[0] += lock.STEP + 1
+    clock[0] += lock.STEP + 29
+    assert lock.take("b", "B") is not None
+    clock[0] += 2
     assert lock.take("b", "B") is None
     # Whoever comes back from the dead must not go on.
     assert not lock.renew("a")
@@ -189,22 +197,68 @@ def test_who_holds_the_memory_is_named() -> None:
     assert f"train.py (pid {2**22 + 1}, 800 MiB)" in problem
 
 
-@pytest.mark.parametrize("one", ["1", "GPU-1", "00000000:05:00.0"])
+@pytest.mark.parametrize("one", ["1", "GPU-1", "gpu-1", "00000000:05:00.0", "0000:05:00.0", "05:00.0"])
 def test_a_training_card(one: str) -> None:
     assert preflight.check_training(asked(training=[one])) is not None
     assert preflight.check_training(asked(training=[one], force=["training"])) is None
     assert preflight.check_training(asked(training=["0"])) is None
 
 
-def test_drift() -> None:
+def drifted(**changes: Any) -> str | None:  # noqa: ANN401
     last = {"requested": "1", "proven_at": "then", "gpu": {"index": 1, "uuid": "GPU-9", "name": "Old"}}
-    problem = preflight.check_drift(asked(state={"last_proven": last}))
+    state = {
+        "last_proven": {**last, **changes.pop("last", {})},
+        "gpu_device_id": "1",
+        **changes.pop("state", {}),
+    }
+    return preflight.check_drift(asked(state=state, **changes))
+
+
+def test_drift() -> None:
+    problem = drifted()
     assert problem is not None
     assert "Old (GPU-9)" in problem
     assert "now Card (GPU-1)" in problem
-    assert preflight.check_drift(asked(state={"last_proven": last}, force=["drift"])) is None
-    same = {**last, "gpu": {**last["gpu"], "uuid": "GPU-1"}}  # type: ignore[dict-item]
-    assert preflight.check_drift(asked(state={"last_proven": same})) is None
+    # verify, with no card in the inventory: what the server was proven with counts.
+    assert drifted(state={"gpu_device_id": None}) is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"force": ["drift"]},
+        {"last": {"gpu": {"index": 1, "uuid": "GPU-1", "name": "Card"}}},
+        {"last": {"gpu": {"index": 0, "uuid": "GPU-9", "name": "Old"}}},
+        # Who names the card by its UUID means that one, whatever its index was.
+        {"state": {"gpu_device_id": "GPU-1"}},
+        {"state": {"gpu_device_id": None}, "last": {"requested": "GPU-9"}},
+    ],
+)
+def test_no_drift(changes: dict[str, Any]) -> None:
+    assert drifted(**changes) is None
+
+
+@pytest.mark.parametrize(
+    ("present", "code", "said", "fine"),
+    [
+        (False, 1, "no such manifest: docker.io/vllm/vllm-openai:v9", False),
+        (False, 1, "denied: requested access to the resource is denied", False),
+        (False, 1, "Get https://registry-1.docker.io/v2/: dial tcp: no route to host", True),
+        (False, None, "no answer in 20 s", True),
+        (False, 0, "", True),
+        (True, 1, "no such manifest", True),
+    ],
+)
+def test_only_a_clear_no_of_the_registry_counts(
+    monkeypatch: pytest.MonkeyPatch,
+    present: bool,  # noqa: FBT001
+    code: int | None,
+    said: str,
+    fine: bool,  # noqa: FBT001
+) -> None:
+    monkeypatch.setattr(shell, "run", lambda _argv: shell.Output(code, "", said))
+    state = {"image_present": present, "image": "vllm/vllm-openai:v9"}
+    assert (preflight.check_image(asked(state=state)) is None) == fine
 
 
 @pytest.mark.parametrize(

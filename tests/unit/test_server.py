@@ -17,9 +17,17 @@ GPUS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("requested", "index"), [("0", 0), ("1", 1), (UUIDS[0], 0), (UUIDS[1], 1)])
-def test_an_index_or_a_uuid_names_one_card(requested: str, index: int) -> None:
-    assert server.find_gpu(requested, GPUS)["index"] == index
+@pytest.mark.parametrize("requested", ["1", UUIDS[1], UUIDS[1].upper(), "00000000:02:00.0", "02:00.0"])
+def test_an_index_a_uuid_or_a_bus_id_is_what_the_referee_took_it_for(requested: str) -> None:
+    verdict = {"gpus": GPUS, "expected": {"id": requested, "index": 1, "uuid": UUIDS[1]}}
+    assert server.find_gpu(requested, verdict) == GPUS[1]
+
+
+def test_a_mig_instance_has_no_memory_of_a_whole_card() -> None:
+    mig = "MIG-3fae9b5e-8f29-5d51-9e26-b1c0c9a9b9f2"
+    verdict = {"gpus": GPUS, "expected": {"id": mig, "index": 1, "uuid": mig}}
+    gpu = server.find_gpu(mig, verdict)
+    assert (gpu["index"], gpu["uuid"], gpu["memory_total_mib"]) == (1, mig, None)
 
 
 @given(st.one_of(st.text(), st.from_regex(r"[0-9 ,.\-]{1,6}"), st.sampled_from(UUIDS).map(str.upper)))
@@ -39,10 +47,8 @@ def test_an_index_or_a_uuid_names_one_card(requested: str, index: int) -> None:
 @example("$(id)")
 @example("GPU-5090a1c4")
 def test_everything_else_is_refused_with_the_choice(requested: str) -> None:
-    if requested in ("0", "1", *UUIDS):
-        return
     with pytest.raises(server.Problem) as refusal:
-        server.find_gpu(requested, GPUS)
+        server.find_gpu(requested, {"gpus": GPUS, "expected": None})
     text = str(refusal.value)
     assert f"It could be 0 (Card 0, {UUIDS[0]}) or 1 (Card 1, {UUIDS[1]})." in text
     # Whatever was typed can't drive the terminal that shows the message.
