@@ -77,6 +77,11 @@ scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU ho
 	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all --exclude faults --exclude kills)
 	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
 
+.PHONY: browser
+browser: .venv/.dev ## Look at the report in a real browser
+	@$(SIM)/setup browser
+	@$(call step,The report in a browser, $(BIN)/pytest tests/browser)
+
 .PHONY: faults
 faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
 	@$(call step,The fault matrix, PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name faults)

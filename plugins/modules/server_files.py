@@ -126,6 +126,7 @@ def main() -> None:
         changed=bool(changes),
         written=[change.path for change in changes],
         diff=[diff(change, wanted) for change in changes],
+        invocation=server.invocation(module.params),
     )
 
 

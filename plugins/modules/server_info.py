@@ -206,7 +206,7 @@ def main() -> None:
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
     lines = params["log_lines"]
     state["log"] = server.log_tail(lines) if lines and state["container"] else []
-    module.exit_json(changed=False, **state)
+    module.exit_json(changed=False, invocation=server.invocation(params), **state)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import ssl
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 CONFIG = json.dumps(
@@ -51,6 +52,7 @@ class Registry(BaseHTTPRequestHandler):
             body, kind, size = b"\x1f\x8b" + b"\0" * 1000, "application/octet-stream", 1 << 20
         # A tag that this registry doesn't have.
         self.send_response(404 if self.path.endswith("/none") else 200)
+        self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(size or len(body)))
         self.send_header("Docker-Content-Digest", digest(body))
@@ -61,4 +63,9 @@ class Registry(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - the library's name
 
 
-HTTPServer(("127.0.0.1", 5000), Registry).serve_forever()
+# By HTTPS, as `docker manifest inspect` speaks nothing else.
+server = HTTPServer(("127.0.0.1", 5000), Registry)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/root/registry.crt", "/root/registry.key")
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()

@@ -154,7 +154,13 @@ OLD_COMPOSE = (
     '*) exec /usr/local/libexec/docker/cli-plugins/docker-compose "$@";; esac\' >docker-compose && '
     "chmod +x docker-compose"
 )
-REGISTRY = "python3 - >/dev/null 2>&1 </root/registry.py & sleep 1"
+REGISTRY = (
+    "mkdir -p /etc/docker/certs.d/127.0.0.1:5000 && cd /etc/docker/certs.d/127.0.0.1:5000 && "
+    "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=registry -addext subjectAltName=IP:127.0.0.1 "
+    "-keyout /root/registry.key -out ca.crt 2>/dev/null && cp ca.crt /root/registry.crt && cd /root && "
+    "{ python3 - >/dev/null 2>&1 </root/registry.py & sleep 1; }"
+)
+NO_REGISTRY = "pkill -f 'python3 -$'; rm -rf /etc/docker/certs.d"
 SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
 
 ROWS = [
@@ -174,10 +180,10 @@ ROWS = [
     Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
         cure=on_host("rm -rf ~/.docker/cli-plugins")),
     Row("image not found", "is not there and could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
-    Row("image that its registry doesn't have", "can't be pulled: no such manifest", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
-        cure=on_host("pkill -f 'python3 -$' || true")),
+    Row("image that its registry doesn't have", "can't be pulled: manifest unknown", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
+        cure=on_host(NO_REGISTRY)),
     Row("image pull cut off", "could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
-        variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host("pkill -f 'python3 -$' || true")),
+        variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host(NO_REGISTRY)),
     Row("port taken by another program", "Port 9000 on 127.0.0.1 can't be listened on .*: python3", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),

@@ -1,0 +1,1 @@
+"""What `scripts/rollout` is made of."""
