@@ -1,0 +1,337 @@
+"""The report of a roll-out, three times: for programs (JSON), for people (HTML) and for CI (JUnit XML).
+
+Host names, card names and errors come from the hosts: whatever they hold, it stays text.
+docs/rollout-report.md describes the fields.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree as ET
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+HERE = Path(__file__).parent
+# In the order of the page: what needs a person comes first.
+OUTCOMES = {
+    "failed": "failed",
+    "unreachable": "unreachable",
+    "rolled_back": "rolled back",
+    "refused": "refused",
+    "changed": "changed",
+    "already_right": "already right",
+    "untouched": "untouched",
+}
+PASSES = {"changed", "already_right"}
+PHASES = ("preflight", "pull", "configure", "deploy", "verify", "rollback")
+
+# Shown as a box instead: what a page can't hold, and what turns the direction of the text around.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+# The lines of the timelines, in pixels: one with a name, and all of them together where a fleet
+# has more hosts than fit, so that 1,000 are still a picture.
+_LINE, _HEIGHT = 24, 1200
+_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+
+
+def write(report: Mapping[str, Any], directory: Path) -> None:
+    """Write report.json, report.html and report.xml, each of them whole or not at all."""
+    # JSON first: whatever happens to the others, nothing is lost.
+    for name, form in (("report.json", as_json), ("report.html", as_html), ("report.xml", as_junit)):
+        _replace(directory / name, form(report))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o640)
+            file.write(content)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def as_json(report: Mapping[str, Any]) -> bytes:
+    """For programs: the report as it is."""
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    # A half of a surrogate pair, which is how Python reads bytes that are no UTF-8, stays what it is.
+    return f"{text}\n".encode(errors="backslashreplace")
+
+
+# --- JUnit -------------------------------------------------------------------------------------
+
+
+def as_junit(report: Mapping[str, Any]) -> bytes:
+    """For CI: every host is a test case, and what isn't where it should be is a failure."""
+    hosts = report["hosts"]
+    counts = {
+        "tests": str(len(hosts)),
+        "failures": str(sum(one["outcome"] not in PASSES | {"untouched"} for one in hosts)),
+        "errors": "0",
+        "skipped": str(sum(one["outcome"] == "untouched" for one in hosts)),
+        "time": f"{_seconds(report['started_at'], report['ended_at']) or 0:.3f}",
+    }
+    root = ET.Element("testsuites", counts)
+    # The format wants a time without zone or fractions.
+    suite = ET.SubElement(
+        root,
+        "testsuite",
+        {"name": f"rollout {report['id']}", "timestamp": report["started_at"][:19], **counts},
+    )
+    for one in sorted(hosts, key=_by_wave):
+        _test_case(suite, one)
+    text = ET.tostring(root, encoding="unicode")
+    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + _NOT_XML.sub("", text).encode() + b"\n"
+
+
+def _test_case(suite: ET.Element, host: Mapping[str, Any]) -> None:
+    wave = "no wave" if host["wave"] is None else f"wave {host['wave']}"
+    case = ET.SubElement(
+        suite,
+        "testcase",
+        {"classname": f"rollout.{wave}", "name": host["name"], "time": f"{host['seconds'] or 0:.3f}"},
+    )
+    error = host["error"] or host["message"] or OUTCOMES[host["outcome"]]
+    attributes = {"type": host["outcome"], "message": error.partition("\n")[0]}
+    if host["outcome"] == "untouched":
+        ET.SubElement(case, "skipped", {"message": attributes["message"]})
+    elif host["outcome"] not in PASSES:
+        ET.SubElement(case, "failure", attributes).text = error
+    if host["message"]:
+        ET.SubElement(case, "system-out").text = host["message"]
+
+
+# --- HTML --------------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """A phase of a host, as a piece of its bar: percent of the axis."""
+
+    phase: str
+    x: str
+    width: str
+
+
+class Bar(NamedTuple):
+    """A host in the timeline of its wave."""
+
+    host: Mapping[str, Any]
+    title: str
+    y: int
+    height: int
+    segments: list[Segment]
+
+
+class Timeline(NamedTuple):
+    """A wave as a picture."""
+
+    wave: Mapping[str, Any]
+    counts: list[tuple[str, int]]
+    named: bool
+    bars: list[Bar]
+    height: int
+    ticks: list[tuple[str, str]]
+
+
+def as_html(report: Mapping[str, Any]) -> bytes:
+    """For people: one page that needs nothing beside it."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(duration=duration, moment=moment, short=short)
+    # No text of the report comes near these two, so the page's policy can name them by their hashes.
+    style, script = (
+        Markup((HERE / name).read_text(encoding="utf-8"))  # noqa: S704 - our own
+        for name in ("report.css", "report.js")
+    )
+    counts = Counter(one["outcome"] for one in report["hosts"])
+    timelines = list(_timelines(report))
+    drawn = {one.phase for timeline in timelines for bar in timeline.bars for one in bar.segments}
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        hosts=sorted(report["hosts"], key=_by_need),
+        totals=[(outcome, word, counts[outcome]) for outcome, word in OUTCOMES.items()],
+        shares=list(_shares(counts)),
+        right=sum(counts[outcome] for outcome in PASSES),
+        words=OUTCOMES,
+        ranks={outcome: rank for rank, outcome in enumerate(OUTCOMES)},
+        longest=max(
+            (one for one in report["hosts"] if one["downtime_s"]),
+            key=lambda one: one["downtime_s"],
+            default=None,
+        ),
+        took=_seconds(report["started_at"], report["ended_at"]),
+        phases=[name for name in (*PHASES, "other") if name in drawn],
+        timelines=timelines,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.replace("\r\n", "\n")).encode()
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _seconds(start: str | None, end: str | None) -> float | None:
+    first, last = _time(start), _time(end)
+    return (last - first).total_seconds() if first and last else None
+
+
+def duration(seconds: float | None) -> str:
+    """12.3 s, 4 min 05 s, 1 h 02 min."""
+    if seconds is None:
+        return ""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s" if seconds else "0 s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def moment(text: str | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """A time as a person writes it, in UTC; what is no time is shown as it is."""
+    time = _time(text)
+    return time.astimezone(UTC).strftime(form) if time else text or ""
+
+
+def short(card: Mapping[str, Any]) -> str:
+    """A card's name without what every card's name starts with."""
+    return str(card["name"]).removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
+def _natural(name: str) -> str:
+    """gpu2 before gpu10."""
+    return re.sub("[0-9]+", lambda number: number[0].zfill(12), name)
+
+
+def _by_wave(host: Mapping[str, Any]) -> tuple[float, str]:
+    return (float("inf") if host["wave"] is None else host["wave"], _natural(host["name"]))
+
+
+def _by_need(host: Mapping[str, Any]) -> tuple[int, tuple[float, str]]:
+    return (list(OUTCOMES).index(host["outcome"]), _by_wave(host))
+
+
+def _by_start(host: Mapping[str, Any]) -> tuple[int, float, str]:
+    time = _time(host["started_at"])
+    start = time.timestamp() if time else float("inf")
+    return (list(OUTCOMES).index(host["outcome"]), start, _natural(host["name"]))
+
+
+def _shares(counts: Mapping[str, int]) -> Iterable[Segment]:
+    """The outcomes as one bar of 100 %."""
+    x = 0.0
+    for outcome in OUTCOMES:
+        width = 100 * counts[outcome] / (sum(counts.values()) or 1)
+        if width:
+            yield Segment(outcome, f"{x:.2f}%", f"{width:.2f}%")
+        x += width
+
+
+def _timelines(report: Mapping[str, Any]) -> Iterable[Timeline]:
+    by_wave: dict[int, list[Mapping[str, Any]]] = {}
+    for one in sorted(report["hosts"], key=_by_start):
+        by_wave.setdefault(one["wave"], []).append(one)
+    total = sum(len(hosts) for wave, hosts in by_wave.items() if wave is not None) or 1
+    names = 40 if total <= 200 else 5
+    for wave in report["waves"]:
+        hosts = by_wave.get(wave["number"], [])
+        # A small wave of a large fleet may have a little more than its share.
+        thin = max(1, min(8, max(_HEIGHT // total, 80 // (len(hosts) or 1))))
+        yield _timeline(wave, hosts, thin if len(hosts) > names else _LINE)
+
+
+def _timeline(wave: Mapping[str, Any], hosts: list[Mapping[str, Any]], line: int) -> Timeline:
+    # A running wave reaches as far as anything that is known of it.
+    pieces = {one["name"]: list(_pieces(one)) for one in hosts}
+    ends = [end for piece in pieces.values() for _name, _start, end in piece]
+    starts = [start for piece in pieces.values() for _name, start, _end in piece]
+    begin = _time(wave["started_at"]) or min(starts, default=None)
+    end = max([*ends, *filter(None, [_time(wave["ended_at"])])], default=begin)
+    span = max((end - begin).total_seconds() if begin and end else 0, 1)
+    bars, y = [], 0
+    # Every piece reaches a little under the next one: rounded to pixels, there must be no gap.
+    for one in hosts:
+        # Among bars of a pixel or two, those that matter must not be lost.
+        height = line if one["outcome"] in PASSES else max(line, 3)
+        segments = [
+            Segment(
+                name,
+                x=f"{100 * (start - begin).total_seconds() / span:.2f}%",
+                width=f"{100 * (last - start).total_seconds() / span + 0.15:.2f}%",
+            )
+            for name, start, last in pieces[one["name"]]
+            if begin
+        ]
+        bars.append(Bar(one, _bar_title(one), y, height, segments))
+        y += height
+    counts = Counter(one["outcome"] for one in hosts)
+    return Timeline(
+        wave=wave,
+        counts=[(word, counts[outcome]) for outcome, word in OUTCOMES.items() if counts[outcome]],
+        named=line == _LINE,
+        bars=bars,
+        height=y,
+        ticks=list(_ticks(span)),
+    )
+
+
+def _pieces(host: Mapping[str, Any]) -> Iterable[tuple[str, datetime, datetime]]:
+    """What is known of a host's time: its phases, or at least from when to when."""
+    for phase in host["phases"]:
+        start = _time(phase["started_at"])
+        if start:
+            yield (
+                phase["name"] if phase["name"] in PHASES else "other",
+                start,
+                start + timedelta(seconds=phase["seconds"]),
+            )
+    start, end = _time(host["started_at"]), _time(host["ended_at"])
+    if start and end and not host["phases"]:
+        yield "other", start, end
+
+
+def _bar_title(host: Mapping[str, Any]) -> str:
+    phases = ", ".join(f"{one['name']} {duration(one['seconds'])}" for one in host["phases"])
+    total = f" in {duration(host['seconds'])}" if host["seconds"] is not None else ""
+    return f"{host['name']}: {OUTCOMES[host['outcome']]}{total}{phases and f' ({phases})'}"
+
+
+def _ticks(span: float) -> Iterable[tuple[str, str]]:
+    """Where the axis has a line, and what it says: at most eight of them."""
+    step = next((one for one in _STEPS if span / one <= 7), _STEPS[-1])
+    for seconds in range(0, int(span) + 1, step):
+        minutes, rest = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        yield (
+            f"{100 * seconds / span:.2f}%",
+            f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}",
+        )
