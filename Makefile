@@ -7,7 +7,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 SIM := molecule/simulated_host
+HOSTS ?= 6
 KILLS ?= 30
+SIZES ?= 1 10 100 1000
 # $(call step,what,command): a person who waits sees a step, and its time.
 step = echo "==> $(1)"; SECONDS=0; $(2); echo "    done in $$SECONDS s"
 # Only these two of the collections in PyPI's `ansible` bundle; all of them
@@ -22,6 +24,10 @@ help: ## Show the targets
 .PHONY: demo
 demo: machine venv ## Serve on GPU 1 of a simulated GPU host, and show the proof
 	@scripts/demo
+
+.PHONY: fleet
+fleet: machine venv ## Roll out over HOSTS=6 simulated GPU hosts, by SSH
+	@scripts/demo_fleet $(HOSTS)
 
 .PHONY: test
 test: machine lint types unit scenarios ## Run every check but the fault matrix
@@ -91,6 +97,15 @@ faults: .venv/.dev machine ## The fault matrix: break the host in every way, and
 kills: .venv/.dev machine ## Kill KILLS=30 plays at random moments; the next one must repair the host
 	@$(call step,Killed plays, KILLS=$(KILLS) PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name kills)
 	@cat .cache/kills.md
+
+# Not within `step`: it prints its tables row by row, for an hour.
+.PHONY: bench-fleet
+bench-fleet: .venv/.dev machine ## Measure roll-outs over 1 to 1,000 light hosts (SIZES="1 10 100 1000")
+	@$(BIN)/python tests/bench/fleet.py --sizes "$(SIZES)"
+
+.PHONY: rollouts
+rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, good and bad
+	@$(call step,Roll-outs over a fleet, $(BIN)/pytest tests/fleet)
 
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions

@@ -98,8 +98,8 @@ class GpuHost:
         return str(self.look.run(listing).stdout)
 
     def served_gpu(self) -> str:
-        """The index of the card that the server's own process holds, by nvidia-smi."""
-        pids = self.look.check_output("docker top vllm-server -eo pid").split()
+        """The index of the card that the server's own process holds, by nvidia-smi; '' where it doesn't run."""
+        pids = self.look.run("docker top vllm-server -eo pid").stdout.split()
         rows = self.look.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
         cards = self.look.check_output("nvidia-smi --query-gpu=uuid,index --format=csv,noheader")
         index = dict(line.split(", ") for line in cards.splitlines())

@@ -35,6 +35,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -448,10 +449,8 @@ class Host:
             time.sleep(0.05)
         raise HostError(f"{self.name} isn't ready after 60 s:\n{docker('logs', self.container)}")
 
-    def up(self, cards: Path, images: list[str]) -> None:
+    def up(self, cards: dict[str, Any], images: list[str]) -> None:
         """Start the host where it doesn't run yet, with these cards and images."""
-        description = cards.read_bytes()
-        json.loads(description)
         if not self.answers():
             self.down()
             image = host_image()
@@ -495,7 +494,7 @@ class Host:
                     image,
                 )
                 files = Archive()
-                files.text("etc/simulated-gpu/cards.json", description)
+                files.text("etc/simulated-gpu/cards.json", json.dumps(cards))
                 docker("cp", "-", f"{self.container}:/", data=files.bytes())
                 docker("start", self.container)
                 self.wait_ready()
@@ -592,7 +591,16 @@ def command_up(options: argparse.Namespace) -> None:
                 check=True,
             )
         for name in options.names:
-            Host(name).up(options.cards, options.image or [DEFAULT_IMAGE])
+            cards = json.loads(options.cards.read_bytes())
+            if options.own_cards:
+                own_cards(cards, name)
+            Host(name).up(cards, options.image or [DEFAULT_IMAGE])
+
+
+def own_cards(cards: dict[str, Any], name: str) -> None:
+    """Give the cards UUIDs of this host alone, as real ones have: the last digits follow from its name."""
+    for card in cards["cards"]:
+        card["uuid"] = card["uuid"][:-8] + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def command_down(options: argparse.Namespace) -> None:
@@ -723,6 +731,7 @@ def parser() -> argparse.ArgumentParser:
     up = add("up", command_up, one=False)
     up.add_argument("names", nargs="+", metavar="NAME")
     up.add_argument("--cards", type=Path, default=HERE / "cards.json", metavar="FILE")
+    up.add_argument("--own-cards", action="store_true", help="with UUIDs that no other host's cards have")
     up.add_argument(
         "--image", action="append", metavar="TAG", help=f"may be repeated; default {DEFAULT_IMAGE}"
     )

@@ -1,0 +1,249 @@
+"""Roll-outs over a fleet, good and bad: what becomes of every host."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.conftest import NAMES, Ended, Fleet, interrupt, kill
+from tests.gpu_host import ROOT, gpuhost
+
+BAD = {"vllm_gpu_model": "acme/does-not-exist"}
+ONE_BY_ONE = ("--wave", "1,1,1,100%")
+
+
+def outcomes(*of: str) -> dict[str, str]:
+    return dict(zip(NAMES, of, strict=True))
+
+
+def all_of_them(outcome: str) -> dict[str, str]:
+    return dict.fromkeys(NAMES, outcome)
+
+
+def test_a_good_one_and_once_more(fleet: Fleet) -> None:
+    done = fleet.rollout("--wave", "1,2,100%")
+    assert (done.code, done.report["outcome"]) == (0, "done")
+    assert done.outcomes == all_of_them("changed")
+    assert [wave["hosts"] for wave in done.report["waves"]] == [NAMES[:1], NAMES[1:3], NAMES[3:]]
+    assert fleet.serving() == "11111"
+    for host in done.report["hosts"]:
+        assert (host["before"]["index"], host["after"]["index"], host["verdict"]) == (0, 1, "ok")
+        assert 0 < host["downtime_s"] < host["seconds"]
+    # What machines read says the same.
+    assert [event["name"] for event in done.events if event["event"] == "host"] == NAMES
+    assert done.events[-1]["outcome"] == "done"
+
+    before = fleet.containers()
+    again = fleet.rollout()
+    assert (again.code, again.outcomes) == (0, all_of_them("already_right"))
+    assert fleet.containers() == before
+
+
+def test_a_plan_touches_nothing(fleet: Fleet) -> None:
+    before = fleet.containers()
+    inventory = fleet.inventory(
+        fleet2={"gpu_device_id": 0}, fleet3={"gpu_device_id": 7}, fleet4={"gpu_device_id": 1}
+    )
+    plan = fleet.rollout("--check", gpu=None, inventory=inventory)
+    assert plan.code == 3
+    (event,) = [event for event in plan.events if event["event"] == "check"]
+    assert (event["to_change"], event["already_right"]) == (["fleet4"], 3)
+    assert list(event["refused"]) == ["fleet3"]
+    assert "gpu_device_id is 7, but this host has no such GPU" in event["refused"]["fleet3"]
+    assert fleet.containers() == before
+    assert plan.report == {}
+
+
+def test_the_canary_fails(fleet: Fleet) -> None:
+    before = fleet.containers()[1:]
+    done = fleet.rollout(inventory=fleet.inventory(fleet1=BAD))
+    assert (done.code, done.report["outcome"]) == (1, "failed")
+    assert done.outcomes == outcomes("rolled_back", *["untouched"] * 4)
+    assert "acme/does-not-exist is not a local folder" in done.report["hosts"][0]["error"]
+    assert "Stopped at the canary: fleet1" in done.report["message"]
+    assert fleet.serving() == "00000"
+    assert fleet.containers()[1:] == before
+
+
+def test_a_host_fails_in_the_third_wave_and_the_rest_is_resumed(fleet: Fleet) -> None:
+    before = fleet.containers()[3:]
+    done = fleet.rollout(*ONE_BY_ONE, inventory=fleet.inventory(fleet3=BAD))
+    assert done.code == 1
+    assert done.outcomes == outcomes("changed", "changed", "rolled_back", "untouched", "untouched")
+    assert fleet.serving() == "11000"
+    assert fleet.containers()[3:] == before
+
+    fleet.inventory()  # its model mended
+    rest = fleet.rollout("--resume", gpu=None)
+    assert (rest.code, list(rest.outcomes)) == (0, NAMES[2:])
+    assert set(rest.outcomes.values()) == {"changed"}
+    assert fleet.serving() == "11111"
+    assert fleet.rollout("--resume", gpu=None).code == 2
+
+
+def test_part_of_a_wave_fails(fleet: Fleet) -> None:
+    """The others of the wave end as they should, and no further wave begins; with the plain playbook, too."""
+    inventory = fleet.inventory(fleet2=BAD)
+    done = fleet.rollout("--wave", "1,2,2", inventory=inventory)
+    assert done.code == 1
+    assert done.outcomes == outcomes("changed", "rolled_back", "changed", "untouched", "untouched")
+    assert fleet.serving() == "10100"
+    play = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", "-i", inventory, "playbooks/rollout.yml",
+         "-e", '{"gpu_device_id": 1, "vllm_gpu_waves": [2, 1]}'],
+        cwd=ROOT, env=fleet.environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert play.returncode == 2, play.stdout
+    assert fleet.serving() == "10110"
+
+
+def test_unreachable_from_the_start(fleet: Fleet) -> None:
+    before = fleet.containers()
+    done = fleet.rollout(inventory=fleet.inventory(fleet5={"ansible_port": 1}))
+    assert (done.code, done.report["outcome"]) == (3, "refused")
+    assert done.outcomes == outcomes(*["untouched"] * 4, "unreachable")
+    assert "can not be reached" in done.report["hosts"][4]["error"]
+    assert fleet.containers() == before
+
+
+def test_unreachable_in_the_middle(fleet: Fleet) -> None:
+    fleet.hosts["fleet2"].fault("start_delay=6")
+    server = "dropbear -s -g -p 22 -r /etc/dropbear/host_key"
+
+    def cut(_process: object) -> None:
+        on_host("fleet2", "pkill -9 -x dropbear")
+
+    done = fleet.rollout(*ONE_BY_ONE, at=("fleet2", "verify"), act=cut)
+    on_host("fleet2", server)
+    assert done.code == 1
+    assert done.outcomes == outcomes("changed", "unreachable", *["untouched"] * 3)
+    assert fleet.rollout("--resume", gpu=None).code == 0
+    assert fleet.serving() == "11111"
+
+
+def on_host(name: str, command: str) -> None:
+    """Run a command on the host by the engine, where SSH is what the test takes away."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'molecule/simulated_host')!r}); import gpuhost; "
+        f"gpuhost.Host({name!r}).script({command!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_controller_is_killed_in_the_middle(fleet: Fleet) -> None:
+    fleet.hosts["fleet2"].fault("start_delay=4")
+    done = fleet.rollout(*ONE_BY_ONE, at=("fleet2", "verify"), act=kill)
+    assert done.code != 0
+    assert done.report["outcome"] == "running"
+    rest = fleet.rollout("--resume", gpu=None)
+    assert rest.code == 0
+    assert "fleet1" not in rest.outcomes
+    assert fleet.serving() == "11111"
+
+
+def test_ctrl_c_ends_the_wave_and_begins_no_other(fleet: Fleet) -> None:
+    before = fleet.containers()[2:]
+    done = fleet.rollout(*ONE_BY_ONE, at=("fleet2", "deploy"), act=interrupt)
+    assert (done.code, done.report["outcome"]) == (130, "stopped")
+    assert done.outcomes == outcomes("changed", "changed", *["untouched"] * 3)
+    assert fleet.containers()[2:] == before
+    assert fleet.rollout("--resume", gpu=None).code == 0
+    assert fleet.serving() == "11111"
+
+
+@pytest.mark.parametrize("reports", ["rollouts", "other"])
+def test_two_at_once(fleet: Fleet, reports: str) -> None:
+    """From the same controller the second one doesn't begin; from another one the host itself refuses it."""
+    fleet.hosts["fleet1"].fault("start_delay=10")
+    second: list[Ended] = []
+
+    def start(_process: object) -> None:
+        def run() -> None:
+            second.append(fleet.rollout("-e", "vllm_gpu_shm_size=1gb", gpu=0, reports=reports))
+
+        threading.Thread(target=run).start()
+
+    first = fleet.rollout(at=("fleet1", "verify"), act=start)
+    assert first.code == 0, first
+    while not second:
+        time.sleep(0.1)
+    assert fleet.serving() == "11111"
+    if reports == "rollouts":
+        assert second[0].code == 3
+        assert "another roll-out is running" in second[0].said
+    else:
+        assert second[0].code == 1
+        assert second[0].outcomes == outcomes("refused", *["untouched"] * 4)
+        assert "is changing this server right now" in second[0].report["hosts"][0]["error"]
+
+
+def test_a_host_with_another_number_of_cards(fleet: Fleet, tmp_path: Path) -> None:
+    before = fleet.containers()
+    cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
+    own = fleet.hosts["fleet3"].look.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
+    one = {**cards, "cards": [{**cards["cards"][0], "uuid": own[0]}]}
+    whole = {
+        **cards,
+        "cards": [{**card, "uuid": uuid} for card, uuid in zip(cards["cards"], own, strict=True)],
+    }
+    for content in (one, whole):
+        path = tmp_path / "cards.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        gpuhost("cards", "fleet3", str(path))
+        if content is one:
+            done = fleet.rollout()
+    assert (done.code, done.outcomes) == (3, {**all_of_them("untouched"), "fleet3": "refused"})
+    assert (
+        "gpu_device_id is 1, but this host has no such GPU. It could be 0" in done.report["hosts"][2]["error"]
+    )
+    assert fleet.containers() == before
+
+
+def test_an_inventory_that_names_a_machine_twice(fleet: Fleet) -> None:
+    before = fleet.containers()
+    twin = fleet.listing["vllm_gpu"]["hosts"]["fleet2"]
+    done = fleet.rollout(inventory=fleet.inventory(chat=twin))
+    assert done.code == 3
+    errors = [host["error"] for host in done.report["hosts"] if host["error"]]
+    assert any("are one machine" in error and "fleet2" in error and "chat" in error for error in errors)
+    assert fleet.containers() == before
+
+
+def test_an_empty_group_and_a_typo(fleet: Fleet) -> None:
+    nobody = fleet.rollout(inventory=fleet.inventory(**dict.fromkeys(NAMES)))
+    assert (nobody.code, nobody.events) == (2, [])
+    assert "has no host in the group vllm_gpu" in nobody.said
+    typo = fleet.rollout("--limit", "fleet1,fleat2")
+    assert typo.code == 2
+    assert "--limit fleat2: the inventory has no such host or group. Did you mean fleet2?" in typo.said
+    assert fleet.serving() == "00000"
+
+
+def test_secrets_stay_where_they_belong(fleet: Fleet, tmp_path: Path) -> None:
+    key = "sk-planted-71c2d9"
+    typed = fleet.rollout("-e", f"vllm_gpu_api_key={key}")
+    assert typed.code == 2
+    assert "is a secret" in typed.said
+    vault = tmp_path / "vault.yml"
+    vault.write_text(f"vllm_gpu_api_key: {key}\n", encoding="utf-8")
+    processes: list[str] = []
+
+    def look(_process: object) -> None:
+        processes.append(subprocess.check_output(["ps", "-eo", "args"], text=True))
+
+    done = fleet.rollout("-e", f"@{vault}", "--limit", "fleet1", at=("fleet1", "deploy"), act=look)
+    assert done.code == 0
+    assert key in fleet.hosts["fleet1"].look.check_output("cat /opt/vllm-gpu/.env")
+    kept = subprocess.run(
+        ["grep", "-rl", key, str(fleet.folder)], capture_output=True, text=True, check=False
+    )
+    assert kept.stdout == ""
+    assert key not in json.dumps(done.events) + done.said + processes[0]
+    fleet.rollout("-e", json.dumps({"vllm_gpu_force": []}), "--limit", "fleet1", gpu=0)
+    fleet.hosts["fleet1"].serve("-e", '{"vllm_gpu_api_key": "", "gpu_device_id": 0}')
