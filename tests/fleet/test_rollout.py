@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -160,19 +158,17 @@ def test_ctrl_c_ends_the_wave_and_begins_no_other(fleet: Fleet) -> None:
 @pytest.mark.parametrize("reports", ["rollouts", "other"])
 def test_two_at_once(fleet: Fleet, reports: str) -> None:
     """From the same controller the second one doesn't begin; from another one the host itself refuses it."""
-    fleet.hosts["fleet1"].fault("start_delay=10")
+    canary = fleet.hosts["fleet1"]
+    canary.fault("health=503")
     second: list[Ended] = []
 
     def start(_process: object) -> None:
-        def run() -> None:
-            second.append(fleet.rollout("-e", "vllm_gpu_shm_size=1gb", gpu=0, reports=reports))
-
-        threading.Thread(target=run).start()
+        """The second one runs to its end while the first one waits for its canary."""
+        second.append(fleet.rollout("-e", "vllm_gpu_shm_size=1gb", gpu=0, reports=reports))
+        canary.fault("--clear")
 
     first = fleet.rollout(at=("fleet1", "verify"), act=start)
     assert first.code == 0, first
-    while not second:
-        time.sleep(0.1)
     assert fleet.serving() == "11111"
     if reports == "rollouts":
         assert second[0].code == 3
@@ -211,7 +207,9 @@ def test_an_inventory_that_names_a_machine_twice(fleet: Fleet) -> None:
     done = fleet.rollout(inventory=fleet.inventory(chat=twin))
     assert done.code == 3
     errors = [host["error"] for host in done.report["hosts"] if host["error"]]
-    assert any("are one machine" in error and "fleet2" in error and "chat" in error for error in errors)
+    assert any("are one machine" in error and "fleet2" in error and "chat" in error for error in errors), (
+        errors
+    )
     assert fleet.containers() == before
 
 
