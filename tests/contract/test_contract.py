@@ -188,3 +188,11 @@ def test_the_page_of_faults_has_every_row_of_the_matrix() -> None:
     assert shown == [row.fault for row in ROWS]
     assert len(ROWS) >= 28
     assert "NOT REPORTED" not in page
+
+
+def test_every_text_of_the_engine_that_the_role_explains_is_on_the_page() -> None:
+    page = (ROOT / "deployment/CLAUDE.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(VARS["__vllm_gpu_engine_says"]) == 5
+    for one in VARS["__vllm_gpu_engine_says"]:
+        assert any(one["says"] in text for text in shown), one["says"]

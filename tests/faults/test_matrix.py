@@ -200,6 +200,8 @@ ROWS = [
         run=while_it_runs("Put the last proven files back", fault("--clear"))),
     Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
     Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+    Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
+        run=while_it_runs("Put the last proven files back", fault("--clear"))),
     Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
     Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("crash_after=3"),
         run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
