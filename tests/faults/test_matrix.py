@@ -9,9 +9,7 @@ After the cure, a plain run must always bring the asked server up.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost, kill_tree
 
 MATRIX = ROOT / "tests/faults"
 FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
@@ -109,7 +107,7 @@ def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], 
                 if at in line and not acted:
                     acted = True
                     if act is kill:
-                        os.killpg(process.pid, signal.SIGKILL)
+                        kill_tree(process.pid)
                     else:
                         act(host)
         return Result(process.returncode, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.gpu_host import ROOT, GpuHost, gpuhost
+from tests.gpu_host import ROOT, GpuHost, gpuhost, kill_tree
 
 NAMES = [f"fleet{number}" for number in range(1, 6)]
 Act = Callable[[subprocess.Popen[str]], object]
@@ -131,4 +130,4 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_tree(process.pid)

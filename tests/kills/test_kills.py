@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost, running
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost, kill_tree, running
 
 ROUNDS = int(os.environ.get("KILLS") or 30)
 TABLE = ROOT / ".cache/kills.md"
@@ -27,7 +26,7 @@ SEED = os.environ.get("KILLS_SEED") or str(random.randrange(10**6))  # noqa: S31
 
 
 def controller(_host: GpuHost, play: subprocess.Popen[str]) -> None:
-    os.killpg(play.pid, signal.SIGKILL)
+    kill_tree(play.pid)
 
 
 def connection(host: GpuHost, _play: subprocess.Popen[str]) -> None:
@@ -39,7 +38,7 @@ def connection(host: GpuHost, _play: subprocess.Popen[str]) -> None:
 
 
 def whole_host(host: GpuHost, play: subprocess.Popen[str]) -> None:
-    os.killpg(play.pid, signal.SIGKILL)
+    kill_tree(play.pid)
     gpuhost("reboot", host.name)
 
 
