@@ -1,0 +1,69 @@
+"""Installed as a collection, from an empty directory, with nothing of the clone in sight."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.gpu_host import ROOT, GpuHost
+
+BIN = Path(sys.executable).parent
+
+
+def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {
+        key: value
+        for key, value in clean_host.environment.items()
+        if key not in ("ANSIBLE_CONFIG", "ANSIBLE_INVENTORY", "ANSIBLE_COLLECTIONS_PATH")
+    }
+    environment["ANSIBLE_COLLECTIONS_PATH"] = str(tmp_path / "collections")
+
+    def run(program: str, *words: object) -> str:
+        done = subprocess.run(
+            [BIN / program, *map(str, words)],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("ansible-galaxy", "collection", "build", ROOT, "--output-path", tmp_path)
+    (built,) = tmp_path.glob("mlops-vllm_gpu-*.tar.gz")
+    # Its dependency is there already, beside ansible-core.
+    run(
+        "ansible-galaxy",
+        "collection",
+        "install",
+        built,
+        "--no-deps",
+        "--offline",
+        "-p",
+        tmp_path / "collections",
+    )
+    said = run(
+        "ansible-playbook", "-i", clean_host.inventory, "mlops.vllm_gpu.serve", "-e", "gpu_device_id=1"
+    )
+    assert "on no other" in " ".join(said.split())
+    assert clean_host.served_gpu() == "1"
+    assert "changed=0" in run(
+        "ansible-playbook", "-i", clean_host.inventory, "mlops.vllm_gpu.serve", "-e", "gpu_device_id=1"
+    )
+
+    # What it holds is what it is made of, and documented.
+    root = tmp_path / "collections/ansible_collections/mlops/vllm_gpu"
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [
+        "deployment", "docker", "docs", "meta", "playbooks", "plugins", "roles", "scripts"
+    ]  # fmt: skip
+    assert not list(root.rglob(".env"))
+    for module in (root / "plugins/modules").glob("*.py"):
+        shown = json.loads(run("ansible-doc", "--json", f"mlops.vllm_gpu.{module.stem}"))
+        assert shown[f"mlops.vllm_gpu.{module.stem}"]["doc"]["short_description"]
+    role = json.loads(run("ansible-doc", "--type", "role", "--json", "mlops.vllm_gpu.vllm_gpu"))
+    assert "gpu_device_id" in role["mlops.vllm_gpu.vllm_gpu"]["entry_points"]["main"]["options"]
