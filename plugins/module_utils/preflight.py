@@ -260,12 +260,27 @@ def check_image(asked: Asked) -> Optional[str]:
     )
 
 
+def check_caches(asked: Asked) -> Optional[str]:
+    """A directory that is named for a cache or for models is there: Docker would make an empty one."""
+    missing = [
+        str(volume["source"])
+        for volume in asked.service.get("volumes") or []
+        if volume["type"] == "bind" and not os.path.isdir(volume["source"])
+    ]
+    if not missing:
+        return None
+    return (
+        "There is no directory {0} on this host (vllm_gpu_hf_cache, vllm_gpu_compile_cache, vllm_gpu_models). Make "
+        "it there, or mend the path.".format(" and no ".join(missing))
+    )
+
+
 def check_model(asked: Asked) -> Optional[str]:
     """A model that is named by its path is there."""
     model = str(asked.service["command"][0])
     for volume in asked.service.get("volumes") or []:
         inside = str(volume["target"]).rstrip("/") + "/"
-        if volume["type"] == "bind" and model.startswith(inside):
+        if volume["type"] == "bind" and os.path.isdir(volume["source"]) and model.startswith(inside):
             path = os.path.join(volume["source"], model[len(inside) :])
             if not os.path.exists(path):
                 return "The model {0} is not on this host: there is no {1}. Copy it there, or mend vllm_gpu_model.".format(
@@ -292,6 +307,7 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_memory,
     check_port,
     check_exposure,
+    check_caches,
     check_model,
     check_disk,
     check_image,

@@ -222,7 +222,8 @@ ROWS = [
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
-    Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
+    Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
+    Row("a cache directory that isn't there", "There is no directory /srv/nowhere on this host", variables={"vllm_gpu_hf_cache": "/srv/nowhere"}),
 ]  # fmt: skip
 
 

@@ -295,6 +295,19 @@ def test_a_model_by_its_path(tmp_path: Path) -> None:
     assert preflight.check_model(asked(command=["org/model"], volumes=[volume])) is None
 
 
+def test_a_directory_for_a_cache_that_is_not_there(tmp_path: Path) -> None:
+    there = {"type": "bind", "source": str(tmp_path), "target": "/root/.cache/vllm"}
+    missing = {"type": "bind", "source": str(tmp_path / "hf"), "target": "/root/.cache/huggingface"}
+    named = {"type": "volume", "source": "vllm-models", "target": "/models"}
+    problem = preflight.check_caches(asked(command=["org/model"], volumes=[there, missing, named]))
+    assert problem is not None
+    assert f"There is no directory {tmp_path / 'hf'} on this host" in problem
+    assert preflight.check_caches(asked(command=["org/model"], volumes=[there, named])) is None
+    # One cure for one cause: the model in it isn't asked for as well.
+    missing["target"] = "/models"
+    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[missing])) is None
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"),
     [("20.10.24+dfsg1", (20, 10, 24)), ("v2.26.1-4", (2, 26, 1)), ("2.5", (2, 5)), ("dev", ())],
