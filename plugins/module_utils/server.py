@@ -49,9 +49,10 @@ _HOST_CAUSES = (
 )
 _VERDICT = ("verdict", "code", "cause", "message", "cure", "processes", "other_processes")
 _OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
+# StopTimeout by index: a container that was given none lacks the field.
 _INSPECT = (
     '{"id":{{json .Id}},"state":{{json .State}},"image_id":{{json .Image}},'
-    '"image":{{json .Config.Image}},"stop_timeout":{{json .Config.StopTimeout}},"labels":{{json .Config.Labels}},'
+    '"image":{{json .Config.Image}},"stop_timeout":{{json (index .Config "StopTimeout")}},"labels":{{json .Config.Labels}},'
     '"restarts":{{json .RestartCount}},"ports":{{json .HostConfig.PortBindings}},"requests":{{json .HostConfig.DeviceRequests}}}'
 )
 
