@@ -39,7 +39,7 @@ def test_transmit_worker_process(fleet: Fleet, tmp_path: Path) -> None:
         [runner, "process", tmp_path / "result"], input=worked.stdout, capture_output=True, check=True
     )
 
-    (artifacts,) = (tmp_path / "result/artifacts").iterdir()
+    (artifacts,) = {path.parent for path in (tmp_path / "result").rglob("status")}
     assert (artifacts / "status").read_text() == "successful", (artifacts / "stdout").read_text()
     assert (artifacts / "rc").read_text() == "0"
     events = [json.loads(path.read_text()) for path in (artifacts / "job_events").glob("*.json")]
