@@ -15,6 +15,8 @@ from pathlib import PurePath
 from typing import Any
 
 Event = Mapping[str, Any]
+# The hosts of playbooks/rollout.yml's waves.
+CHANGING = "vllm_gpu:&vllm_gpu_to_change"
 # The outcomes of a host in the report, and for a person.
 WORDS = {
     "changed": "changed", "already_right": "already right", "rolled_back": "failed, and put back",
@@ -167,7 +169,7 @@ class Rollout:
 
     def _playbook_on_play_start(self, data: Event, _host: Host | None, at: datetime) -> None:
         self._end_wave(at)
-        if data["play_pattern"] == "vllm_gpu_to_change" and self.to_change:
+        if data["play_pattern"] == CHANGING and self.to_change:
             self.waves.append(
                 {"number": len(self.waves) + 1, "hosts": [], "started_at": at.isoformat(), "ended_at": None}
             )

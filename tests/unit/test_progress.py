@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fleet.progress import Rollout, waves_of
+from fleet.progress import CHANGING, Rollout, waves_of
 
 ROLE = "/x/roles/vllm_gpu/tasks"
 CARDS = [{"index": n, "uuid": f"GPU-{n}", "name": f"Card {n}"} for n in (0, 1)]
@@ -38,7 +38,7 @@ class Feed:
         self.put("playbook_on_play_start", play_pattern=pattern)
 
     def wave(self) -> None:
-        self.play("vllm_gpu_to_change")
+        self.play(CHANGING)
 
     def task(self, host: str, file: str, action: str, end: str = "ok", **res: Any) -> None:  # noqa: ANN401
         data = {"host": host, "task_path": f"{ROLE}/{file}.yml:3", "task_action": f"mlops.vllm_gpu.{action}"}

@@ -1,0 +1,383 @@
+#!/usr/bin/env python3
+"""Measure roll-outs over light hosts (molecule/simulated_host/light_fleet.py); print Markdown tables.
+
+For each size, from servers that are proven on GPU 0: a play that moves every
+server to GPU 1, and the same play again, which changes nothing. After each one
+the hosts themselves are asked where their servers are. docs/fleet-scale.md
+explains the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
+
+from light_fleet import Fleet
+from light_host import IMAGE, Host, read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / ".cache/bench-fleet"
+BIN = ROOT / ".venv/bin"
+DIRECTORY = "/opt/vllm-gpu"
+TICKS = os.sysconf("SC_CLK_TCK")
+COLUMNS = (
+    "play",
+    "wall",
+    "s a host",
+    "controller s a host",
+    "hosts' s a host",
+    "memory MiB",
+    "its largest process",
+    "events",
+    "events a s",
+    "others %",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the play: the defaults of ansible.cfg, but for what is named here."""
+
+    name: str
+    playbook: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    runner: bool = True
+    facts: bool = False
+    delay: int = 0
+
+
+WAYS = (
+    Way("as it is"),
+    Way("forks 5", environment={"ANSIBLE_FORKS": "5"}),
+    Way("forks 10", environment={"ANSIBLE_FORKS": "10"}),
+    Way("forks 50", environment={"ANSIBLE_FORKS": "50"}),
+    Way("no pipelining", environment={"ANSIBLE_PIPELINING": "False"}),
+    Way("facts gathered first", facts=True),
+    Way("ansible-playbook, its own callback", runner=False),
+    Way("serve.yml: all hosts in one batch", "playbooks/serve.yml"),
+    Way("serve.yml, strategy free", "playbooks/serve.yml", {"ANSIBLE_STRATEGY": "free"}),
+    Way("serve.yml, servers load 15 s, forks 5", "playbooks/serve.yml", {"ANSIBLE_FORKS": "5"}, delay=15),
+    Way("serve.yml, servers load 15 s, forks 20", "playbooks/serve.yml", {"ANSIBLE_FORKS": "20"}, delay=15),
+    Way("serve.yml, servers load 15 s, forks 50", "playbooks/serve.yml", {"ANSIBLE_FORKS": "50"}, delay=15),
+)
+
+
+class Figures(NamedTuple):
+    """What one run cost; seconds and MiB."""
+
+    wall: float
+    controller: float
+    hosts: float
+    memory: float
+    largest: float
+    events: float
+    others: float
+
+    def row(self, count: int, play: str) -> list[str]:
+        """Return a line of the table, for so many hosts."""
+        per = [f"{value / count:.2f}" for value in (self.wall, self.controller, self.hosts)]
+        events = [f"{self.events:.0f}", f"{self.events / self.wall:.0f}"] if self.events else ["-", "-"]
+        return [
+            play,
+            f"{self.wall:.1f}",
+            *per,
+            f"{self.memory:.0f}",
+            f"{self.largest:.0f}",
+            *events,
+            f"{self.others:.0f}",
+        ]
+
+
+# --- running a play -----------------------------------------------------------
+
+
+def play(way: Way, playbook: str, gpu: int) -> dict[str, Any]:
+    """Run the play in this process, and return its statistics. Only main() calls this, in a child."""
+    os.environ.update(way.environment)
+    playbook = str(ROOT / (way.playbook or playbook))
+    if way.facts:
+        first = {"hosts": "vllm_gpu", "gather_facts": True}
+        (HERE / "facts.yml").write_text(json.dumps([first, {"ansible.builtin.import_playbook": playbook}]))
+        playbook = str(HERE / "facts.yml")
+    inventory, events = str(HERE / "hosts.yml"), 0
+    if not way.runner:
+        words = ["ansible-playbook", "-i", inventory, "-e", f"gpu_device_id={gpu}", playbook]
+        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=False, text=True)
+        recap = re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+) .*failed=(\d+)", done.stdout, re.MULTILINE)
+        stats = {
+            "changed": {name: int(changed) for name, changed, _ in recap},
+            "failures": {name: int(failed) for name, _, failed in recap if failed != "0"},
+        }
+        return {"events": 0, "stats": stats}
+    # As scripts/rollout does it.
+    import ansible_runner  # noqa: PLC0415 (costs half a second, which the parent has no use for)
+
+    stats = {}
+
+    def take(event: dict[str, Any]) -> bool:
+        nonlocal events, stats
+        events += 1
+        if event["event"] == "playbook_on_stats":
+            stats = event["event_data"]
+        return False
+
+    ansible_runner.run(
+        private_data_dir=str(HERE / "runner"),
+        project_dir=str(ROOT),
+        playbook=playbook,
+        inventory=inventory,
+        extravars={"gpu_device_id": str(gpu)},
+        settings={"suppress_env_files": True},
+        quiet=True,
+        event_handler=take,
+    )
+    return {"events": events, "stats": stats}
+
+
+def tree(root: int) -> Iterator[int]:
+    """Yield the processes of the controller: those below `root` that are on no light host."""
+    mine = Path("/proc/self/ns/mnt").readlink()
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    waiting = [root]
+    while waiting:
+        pid = waiting.pop()
+        with contextlib.suppress(OSError):
+            # A light host has a mount namespace of its own.
+            if Path(f"/proc/{pid}/ns/mnt").readlink() == mine:
+                yield pid
+                waiting += children.get(pid, [])
+
+
+def memory(root: int) -> tuple[float, float]:
+    """Return the MiB of the controller and of its largest process; what processes share is counted once."""
+    kib, largest = 0, 0
+    for pid in tree(root):
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            used = {key: int(value) for key, value in re.findall(r"^(Pss|Rss): +(\d+)", text, re.MULTILINE)}
+            kib += used.get("Pss", 0)
+            largest = max(largest, used.get("Rss", 0))
+    return kib / 1024, largest / 1024
+
+
+def busy() -> float:
+    """Return the processor time that this whole machine has spent; seconds."""
+    user, nice, system, _idle, _wait, *rest = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    return sum(map(int, (user, nice, system, *rest))) / TICKS
+
+
+class Bench:
+    """The light hosts, and what is measured on them."""
+
+    def __init__(self, fleet: Fleet, playbook: str) -> None:
+        """Measure this playbook on this fleet."""
+        self.fleet, self.playbook = fleet, playbook
+        self.gpu = 0
+
+    def hosts_seconds(self) -> tuple[float, float]:
+        """Return the processor time that hosts have used: in plays, and in what plays their engines."""
+        hosts = 0.0
+        for name in self.fleet.names:
+            used = (self.fleet.path(name) / "cpu").read_text()
+            hosts += sum(60 * int(m) + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", used))
+        fields = Path(f"/proc/{self.fleet.engine()}/stat").read_text().rpartition(")")[2].split()
+        return hosts, sum(map(int, fields[11:15])) / TICKS
+
+    def measure(self, way: Way, gpu: int) -> Figures:
+        """Run the play, and check that it did what was asked for."""
+        hosts, engine = self.hosts_seconds()
+        changes = gpu != self.gpu
+        for name in self.fleet.names:
+            self.fleet.fault(name, {"start_delay": str(way.delay)}, clear=True)
+        shutil.rmtree(HERE / "runner", ignore_errors=True)
+        (HERE / "runner").mkdir()
+        started, before, peak = time.monotonic(), busy(), (0.0, 0.0)
+        order = json.dumps([vars(way), self.playbook, gpu])
+        with (HERE / "result.json").open("w+") as result, (HERE / "log").open("w") as log:
+            words = [sys.executable, __file__, "--play", order]
+            # In a session of its own: two signals at once, from a terminal and from here, lock the runner up.
+            process = subprocess.Popen(words, cwd=ROOT, stdout=result, stderr=log, start_new_session=True)
+            try:
+                while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+                    looked = time.monotonic()
+                    now = memory(process.pid)
+                    peak = max(peak[0], now[0]), max(peak[1], now[1])
+                    # A look may cost up to a twentieth of a processor.
+                    time.sleep(max(0.2, 20 * (time.monotonic() - looked)))
+            except BaseException:
+                # The runner takes ansible-playbook along.
+                process.terminate()
+                process.wait()
+                raise
+            wall, spent = time.monotonic() - started, busy() - before
+            result.seek(0)
+            said = json.loads(result.read() or '{"events": 0, "stats": {}}')
+        used: resource.struct_rusage = ended[2]
+        self.gpu = gpu
+        self.check(said["stats"], changes=changes)
+        hosts_now, engine_now = self.hosts_seconds()
+        hosts, engine = hosts_now - hosts, engine_now - engine
+        controller = used.ru_utime + used.ru_stime - hosts
+        others = max(0, spent - controller - hosts - engine) / wall / (os.cpu_count() or 1)
+        return Figures(wall, controller, hosts + engine, *peak, said["events"], 100 * others)
+
+    def check(self, stats: dict[str, Any], *, changes: bool) -> None:
+        """Stop where the play didn't do what was to be measured."""
+        names = self.fleet.names
+        changed = [name for name, count in stats.get("changed", {}).items() if count]
+        if stats.get("failures") or stats.get("dark") or len(changed) != (len(names) if changes else 0):
+            log = (HERE / "log").read_text()
+            sys.exit(
+                f"the play didn't do what it should: {len(changed)} of {len(names)} changed\n{stats}\n{log}"
+            )
+        for name in names:
+            used = [bool(card["used_mib"]) for card in self.fleet.state(name)["cards"]]
+            if used.index(True) != self.gpu or used.count(True) != 1:
+                sys.exit(f"{name} isn't on GPU {self.gpu} only: {used}")
+
+    # --- a fleet that serves already ------------------------------------------
+
+    def prepare(self, count: int) -> None:
+        """Make so many hosts, each with a server that is proven on GPU 0.
+
+        The role itself sets up the first one; the others get what it left
+        there, with their own port and card, and start it by Compose.
+        """
+        self.fleet.down()
+        with self.fleet.locked():
+            self.fleet.up(count, ROOT / "molecule/simulated_host/cards.json", 20000)
+        first, *others = self.fleet.names
+        (HERE / "hosts.yml").write_text(self.fleet.inventory([first]))
+        done = play(Way("", "playbooks/serve.yml", runner=False), "", 0)
+        if done["stats"]["failures"]:
+            sys.exit("the first host could not be set up")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda name: self.copy(first, name), others))
+        (HERE / "hosts.yml").write_text(self.fleet.inventory(self.fleet.names))
+        self.gpu = 0
+
+    def copy(self, first: str, name: str) -> None:
+        """Give a host what another one has."""
+        source, target = self.fleet.path(first), self.fleet.path(name)
+        shutil.copytree(source / "opt", target / "opt", symlinks=True, dirs_exist_ok=True)
+        kept = target / f"opt/vllm-gpu/.proven/{(target / 'opt/vllm-gpu/.proven/current').readlink()}"
+        cards = [read_json(path / "cards.json")["cards"][0]["uuid"] for path in (source, target)]
+        for path in (target / "opt/vllm-gpu/.env", kept / ".env"):
+            port = read_json(target / "host.json")["port"]
+            path.write_text(re.sub(r"(?m)^VLLM_PORT=.*", f"VLLM_PORT={port}", path.read_text()))
+        words = "compose --project-directory . --project-name vllm --file docker-compose.serving.yml --env-file .env up"
+        words = words.replace("directory .", f"directory {DIRECTORY}")
+        program = f"import os; os.chdir('{DIRECTORY}'); os.execvp('docker', 'docker {words}'.split())"
+        subprocess.run([target / "python3", "-I", "-S", "-c", program], check=True, capture_output=True)
+        boxes = [Host(path).container for path in (source, target)]
+        hashes = [box.labels["com.docker.compose.config-hash"] for box in boxes if box]
+        for path in (kept / "record.json", kept / "gpu"):
+            text = path.read_text()
+            for before, after in ((hashes[0], hashes[1]), (cards[0], cards[1])):
+                text = text.replace(before, after)
+            path.write_text(text)
+
+    # --- the tables -----------------------------------------------------------
+
+    def sizes(self, sizes: list[int]) -> None:
+        """Measure each size once: with many hosts, one run says what it costs a host."""
+        print_row("hosts", *COLUMNS)
+        print_row(*["--:"] * (len(COLUMNS) + 1))
+        for count in sizes:
+            self.prepare(count)
+            for what in ("changes everything", "changes nothing"):
+                figures = self.measure(WAYS[0], 1)
+                print_row(str(count), *figures.row(count, what))
+
+    def ways(self, count: int, repeats: int) -> None:
+        """Measure each way at one size; medians, all ways in turn."""
+        self.prepare(count)
+        found: dict[tuple[str, str], list[Figures]] = {}
+        for _ in range(repeats):
+            for way in WAYS:
+                target = 1 - self.gpu
+                found.setdefault((way.name, "everything"), []).append(self.measure(way, target))
+                if not way.delay:
+                    found.setdefault((way.name, "nothing"), []).append(self.measure(way, target))
+        print_row("way", *COLUMNS)
+        print_row("---", *["--:"] * len(COLUMNS))
+        for (name, what), runs in found.items():
+            median = Figures._make(statistics.median(column) for column in zip(*runs, strict=True))
+            print_row(name, *median.row(count, what))
+
+
+def print_row(*cells: str) -> None:
+    """Print a line of a Markdown table."""
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def machine() -> str:
+    """Say what this is measured on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    total = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())
+    ansible = subprocess.run([BIN / "ansible", "--version"], capture_output=True, text=True, check=True)
+    return (
+        f"{os.cpu_count()} processors ({model[1] if model else '?'}), {int(total[1]) >> 20 if total else '?'} GiB, "
+        f"{ansible.stdout.splitlines()[0]}, Python {sys.version.split()[0]}, image {IMAGE}"
+    )
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", default="1 10 100 1000", help="numbers of hosts")
+    parser.add_argument("--middle", type=int, default=20, help="the size for the choices; 0: leave them out")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each choice")
+    default = "playbooks/rollout.yml"
+    parser.add_argument("--playbook", default=default, help=f"from the root of the clone; default {default}")
+    parser.add_argument("--play", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.play:
+        way, playbook, gpu = json.loads(options.play)
+        print(json.dumps(play(Way(**way), playbook, gpu)))
+        return
+    # The plays of a person at a shell, whatever runs this.
+    for key in [key for key in os.environ if key.startswith("ANSIBLE_")]:
+        del os.environ[key]
+    os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    HERE.mkdir(parents=True, exist_ok=True)
+    # Its own fleet: whatever else there is stays as it is.
+    fleet = Fleet(HERE / "fleet")
+    bench = Bench(fleet, options.playbook)
+    try:
+        print(f"{options.playbook} on {machine()}\n", flush=True)
+        bench.sizes([int(size) for size in options.sizes.split()])
+        if options.middle:
+            print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")
+            bench.ways(options.middle, options.repeats)
+    finally:
+        fleet.down()
+        shutil.rmtree(HERE)
+
+
+if __name__ == "__main__":
+    main()

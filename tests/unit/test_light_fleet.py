@@ -1,0 +1,433 @@
+"""Light GPU hosts: what they answer follows from what was done to them, and agrees with the real programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import light_template
+import pytest
+from light_engine import PLUGIN
+from light_fleet import FIRST_PORT, Fleet, FleetError
+from light_host import IMAGE, Container, read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+CARDS = ROOT / "molecule/simulated_host/cards.json"
+REFEREE = ROOT / "scripts/check_gpu_allocation.sh"
+PROJECT = (
+    "--project-name vllm --project-directory /opt/vllm-gpu --file docker-compose.serving.yml --env-file .env"
+)
+UP = f"cd /opt/vllm-gpu && docker compose --ansi never --progress plain {PROJECT} up --detach --pull never"
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="light hosts are mount namespaces, which need root")
+
+
+class LightHost:
+    """One light host, and programs that run on it."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        self.fleet, self.name, self.directory = fleet, name, fleet.directory / name
+        self.port = read_json(self.directory / "host.json")["port"]
+        self.project = self.directory / "opt/vllm-gpu"
+
+    def run(self, script: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a line of shell on the host; what it prints to either stream is its output."""
+        program = "import os, sys; os.execv('/bin/bash', ['bash', '-c', sys.argv[1]])"
+        words = [str(self.directory / "python3"), "-I", "-S", "-c", program, f"exec 2>&1; {script}"]
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=30, check=False, input=stdin or None
+        )
+
+    def set_up(self, gpu: int, **env: str) -> None:
+        """Put the project's files there, as a person would."""
+        self.project.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "docker/docker-compose.serving.yml", self.project)
+        values = {"GPU_DEVICE_ID": gpu, "VLLM_PORT": self.port, **env}
+        (self.project / ".env").write_text("".join(f"{key}={value}\n" for key, value in values.items()))
+
+    def verdict(self) -> str:
+        """Return the referee's verdict, or where there is none, the cause."""
+        said = self.run("bash -s -- --json", REFEREE.read_text(encoding="utf-8")).stdout
+        found = json.loads(said)
+        return str(found["cause"] if found["verdict"] == "unknown" else found["verdict"])
+
+    def api(self, path: str, key: str = "") -> tuple[int, str]:
+        """Return what the API answers; 0 for not at all."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            with urlopen(
+                Request(f"http://127.0.0.1:{self.port}{path}", headers=headers), timeout=5
+            ) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            return error.code, ""
+        except OSError:
+            return 0, ""
+
+    def served_gpu(self) -> list[int]:
+        """Return the cards that something is on."""
+        return [card["index"] for card in self.fleet.state(self.name)["cards"] if card["used_mib"]]
+
+
+def free_ports(count: int) -> int:
+    """Return the first of some neighbouring ports that nobody uses; not where the other fleets are."""
+    for first in range(FIRST_PORT + 5000 + os.getpid() % 500 * 10, 32000, 10):
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for number, one in enumerate(sockets):
+                one.bind(("127.0.0.1", first + number))
+        except OSError:
+            continue
+        else:
+            return first
+        finally:
+            for one in sockets:
+                one.close()
+    raise AssertionError("no ports")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """Two light hosts."""
+    made = Fleet(tmp_path / "fleet")
+    with made.locked():
+        made.up(2, CARDS, free_ports(2))
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def host(fleet: Fleet) -> LightHost:
+    """One of them, with the files for a server on GPU 1."""
+    made = LightHost(fleet, "light-0001")
+    made.set_up(1)
+    return made
+
+
+# --- the programs agree with the real ones --------------------------------------
+
+
+def test_compose_means_what_the_real_one_means(host: LightHost) -> None:
+    def both(form: str, **environment: str) -> tuple[str, str]:
+        exports = "".join(f"export {key}={value}; " for key, value in environment.items())
+        light = host.run(f"{exports} cd /opt/vllm-gpu && docker compose {PROJECT} config {form}").stdout
+        real = subprocess.run(
+            [PLUGIN, *PROJECT.split(), "config", *form.split()],
+            cwd=host.project,
+            env={"HOME": os.environ["HOME"], **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return light, real.stdout
+
+    seen = set()
+    for environment in ({}, {"GPU_DEVICE_ID": "0"}, {"VLLM_SHM_SIZE": "1gb"}, {"UNRELATED": "1"}):
+        for form in ("--format json", "--hash vllm", "--format json"):
+            light, real = both(form, **environment)
+            assert light == real
+            seen.add(real)
+    # Nothing that changes the answer is overlooked, and the rest isn't asked twice.
+    assert len(seen) == 6
+    host.set_up(0)
+    assert both("--hash vllm")[0] == both("--hash vllm", GPU_DEVICE_ID="0")[1]
+    (host.project / ".env").write_text("GPU_DEVICE_ID='1\n")
+    assert host.run(f"cd /opt/vllm-gpu && docker compose {PROJECT} config --hash vllm").returncode != 0
+
+
+def test_up_and_down_say_what_the_real_ones_said(host: LightHost) -> None:
+    def words(events: str) -> str:
+        return "".join(f" Container vllm-server  {event}\n" for event in events.split())
+
+    started = "Starting Started"
+    first = host.run(UP)
+    assert (first.returncode, first.stdout) == (0, words(f"Creating Created {started}"))
+    assert host.run(UP).stdout == words("Running")
+    assert host.run(f"{UP} --force-recreate").stdout == words(f"Recreate Recreated {started}")
+    assert host.run(f"GPU_DEVICE_ID=0; export GPU_DEVICE_ID; {UP}").stdout == words(
+        f"Recreate Recreated {started}"
+    )
+    assert host.served_gpu() == [0]
+    as_json = host.run(UP.replace("--progress plain", "--progress json"))
+    assert json.loads(as_json.stdout.splitlines()[0]) == {"id": "Container vllm-server", "status": "Recreate"}
+    down = host.run("docker compose --project-name other down; docker compose --project-name vllm down")
+    assert 'No resource found to remove for project "other"' in down.stdout
+    assert words("Stopping Stopped Removing Removed") in down.stdout
+    assert host.run("docker inspect --type container --format x vllm-server").stdout == (
+        "\nError response from daemon: No such container: vllm-server\n"
+    )
+    assert host.served_gpu() == []
+
+
+def test_a_card_that_is_not_there_is_refused_as_by_the_real_engine(host: LightHost) -> None:
+    host.set_up(7)
+    failed = host.run(UP)
+    assert failed.returncode == 1
+    assert "Starting\nError response from daemon: failed to create shim task" in failed.stdout
+    assert "nvidia-container-cli: device error: 7: unknown device: unknown" in failed.stdout
+    form = "{{.State.Status}} {{.State.ExitCode}} {{.RestartCount}}"
+    assert host.run(f"docker inspect --format '{form}' vllm-server").stdout == "created 128 0\n"
+
+
+def test_the_server_is_where_up_put_it(host: LightHost) -> None:
+    assert host.verdict() == "no_such_container"
+    assert host.run(UP).returncode == 0
+    assert host.verdict() == "ok"
+    (row,) = host.run(
+        "nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv,noheader"
+    ).stdout.splitlines()
+    uuid, pid, used = row.split(", ")
+    top = host.run("docker top vllm-server -eo pid,comm").stdout.splitlines()
+    assert [line.split()[1] for line in top if line.split()[0] == pid] == ["VLLM::EngineCor"]
+    assert uuid == host.fleet.state(host.name)["cards"][1]["uuid"]
+    # 0.9 of what programs can have of the RTX 5060 Ti.
+    assert used == f"{int((16311 - 398) * 0.9)} MiB"
+    inside = host.run("docker exec vllm-server nvidia-smi -L").stdout
+    assert inside == f"GPU 0: NVIDIA GeForce RTX 5060 Ti (UUID: {uuid})\n"
+
+
+def test_what_nobody_taught_it_is_refused(host: LightHost) -> None:
+    for call in (
+        "docker run hello",
+        "docker compose restart",
+        "docker inspect --format '{{.Nothing}}' vllm-server",
+    ):
+        host.run(UP)
+        done = host.run(call)
+        assert (done.returncode, done.stdout.startswith("light host: not simulated: docker")) == (125, True)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ('{"id":{{json .Id}},"r":{{json .Requests}}}', '{"id":"a\\"b","r":[{"Ids":["0","1"]},{"Ids":null}]}'),
+        ("{{range .Requests}}<{{range .Ids}}{{.}};{{end}}>{{end}}.", "<0;1;><>."),
+        ('{{json (index .Labels "x.y")}} {{index .Labels "none"}}', '"z" '),
+        ('{{join .Words " "}} {{.On}} {{.Words}}', "a b true [a b]"),
+    ],
+)
+def test_templates(template: str, text: str) -> None:
+    data = {
+        "Id": 'a"b',
+        "Requests": [{"Ids": ["0", "1"]}, {"Ids": None}],
+        "Labels": {"x.y": "z"},
+        "Words": ["a", "b"],
+        "On": True,
+    }
+    assert light_template.render(template, data) == text
+    for wrong in ("{{.Nothing}}", "{{end}}", "{{range .Words}}", "{{len .Words}}", "{{json .Id .Id2"):
+        with pytest.raises((KeyError, ValueError)):
+            light_template.render(wrong + "}}" * wrong.endswith("2"), data)
+
+
+# --- faults ---------------------------------------------------------------------
+
+
+def test_a_wrong_card_is_found_by_the_referee(host: LightHost) -> None:
+    host.fleet.fault(host.name, {"wrong_card": "1"}, clear=False)
+    assert host.run(UP).returncode == 0
+    assert host.verdict() == "misplaced"
+    assert host.served_gpu() == [0]
+    # It says what the container was asked for, not what it got.
+    assert (
+        '["1"]'
+        in host.run("docker inspect --format '{{json .HostConfig.DeviceRequests}}' vllm-server").stdout
+    )
+
+
+def test_nvidia_smi_can_be_missing(host: LightHost) -> None:
+    host.run(UP)
+    host.fleet.fault(host.name, {"nvidia_smi": "missing"}, clear=False)
+    if not shutil.which("nvidia-smi"):
+        assert host.verdict() == "nvidia_smi_missing"
+    host.fleet.fault(host.name, {}, clear=True)
+    assert host.verdict() == "ok"
+
+
+def test_what_becomes_of_a_container_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Container("id", 0, {"restart": "unless-stopped"}, "image", {}, started=100, crash="1")
+    for after, status, restarts in (
+        (0.1, "running", 0),
+        (0.35, "restarting", 0),
+        (0.5, "running", 1),
+        (0.8, "restarting", 1),
+        (1.0, "running", 2),
+        (1.6, "running", 3),
+    ):
+        monkeypatch.setattr(time, "time", lambda after=after: 100 + after)
+        assert box.life()[:2] == (status, restarts), after
+        assert box.loaded() == 0
+    box.service["restart"] = "no"
+    assert box.life() == ("exited", 0, 100, 1)
+    # One that doesn't crash loads as long as it was told to.
+    box.crash, box.delay = "", 4
+    for after, loaded in ((0, 0), (2, 0.5), (4, 1), (8, 2)):
+        monkeypatch.setattr(time, "time", lambda after=after: 100 + after)
+        assert (box.life().status, box.loaded()) == ("running", loaded)
+
+
+def test_a_server_that_crashes_never_answers(host: LightHost) -> None:
+    host.fleet.fault(host.name, {"crash": "1"}, clear=False)
+    host.run(UP)
+    deadline = time.monotonic() + 10
+    while host.run("docker inspect --format '{{.RestartCount}}' vllm-server").stdout == "0\n":
+        assert time.monotonic() < deadline
+    assert "EngineCore failed to start" in host.run("docker logs --tail 5 vllm-server").stdout
+    assert host.api("/health") == (0, "")
+    assert host.served_gpu() == []
+    # Elsewhere it lives.
+    host.set_up(0)
+    host.run(UP)
+    assert host.verdict() == "ok"
+
+
+def test_an_image_is_pulled_or_not(host: LightHost) -> None:
+    other = IMAGE.replace("v0.32.0", "v0.33.0")
+    host.set_up(1, VLLM_IMAGE=other)
+    assert f"No such image: {other}" in host.run(UP).stdout
+    for fault, words in (("missing", "manifest unknown"), ("cut", "unexpected EOF")):
+        host.fleet.fault(host.name, {"pull": fault}, clear=False)
+        pulled = host.run(f"docker pull --quiet {other}")
+        assert (pulled.returncode, words in pulled.stdout) == (1, True)
+    host.fleet.fault(host.name, {}, clear=True)
+    assert host.run(f"docker pull --quiet {other} && {UP}").returncode == 0
+    assert host.run("docker inspect --format '{{.Config.Image}}' vllm-server").stdout == f"{other}\n"
+
+
+# --- the API, and the host's borders ----------------------------------------------
+
+
+def test_the_api_answers_when_the_server_is_ready(host: LightHost) -> None:
+    host.set_up(1, VLLM_API_KEY="sk-light", VLLM_MODEL="acme/one", VLLM_EXTRA_ARGS="--served-model-name a b")
+    host.fleet.fault(host.name, {"start_delay": "3600"}, clear=False)
+    host.run(UP)
+    # Docker opens the port at once; the server behind it isn't there yet.
+    assert not is_free(host.port)
+    assert host.api("/health") == (0, "")
+    assert host.served_gpu() == []
+    host.fleet.fault(host.name, {}, clear=True)
+    host.run(f"{UP} --force-recreate")
+    assert host.api("/health") == (200, "")
+    assert host.served_gpu() == [1]
+    assert host.api("/v1/models")[0] == 401
+    status, body = host.api("/v1/models", "sk-light")
+    assert (status, [one["id"] for one in json.loads(body)["data"]]) == (200, ["a", "b"])
+    host.fleet.fault(host.name, {"health": "503"}, clear=True)
+    assert host.api("/health")[0] == 503
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def test_a_port_that_another_program_has_is_refused(host: LightHost) -> None:
+    with socket.create_server(("127.0.0.1", host.port)):
+        failed = host.run(UP)
+    assert failed.returncode == 1
+    assert "bind: address already in use" in failed.stdout
+    assert host.run(UP).returncode == 0
+    assert host.run("docker compose --project-name vllm down").returncode == 0
+    assert is_free(host.port)
+
+
+def test_hosts_have_nothing_of_each_other_or_of_this_machine(fleet: Fleet) -> None:
+    mark = f"light-{os.getpid()}"
+    first, second = (LightHost(fleet, name) for name in fleet.names)
+    assert first.run(f"touch /run/{mark} /opt/{mark} && ls /run /opt").stdout.count(mark) == 2
+    assert mark not in second.run("ls /run /opt").stdout
+    assert not [path for path in (Path("/run") / mark, Path("/opt") / mark) if path.exists()]
+    assert (first.directory / "run" / mark).exists()
+    uuids = [card["uuid"] for name in fleet.names for card in fleet.state(name)["cards"]]
+    assert len(set(uuids)) == 4
+    # What it used of the processor is written down, for the benchmark.
+    assert re.fullmatch(r"(?:\d+m[\d.]+s \d+m[\d.]+s\n){4}", (first.directory / "cpu").read_text() * 2)
+
+
+def test_the_engine_keeps_what_there_is_and_ends_with_its_hosts(host: LightHost) -> None:
+    fleet = host.fleet
+    host.run(UP)
+    running = fleet.engine()
+    fleet.stop_engine()
+    done = host.run("docker inspect --format x vllm-server")
+    assert done.stdout.startswith("Cannot connect to the Docker daemon")
+    assert host.verdict() == "driver_not_loaded"
+    assert host.api("/health") == (0, "")
+    fleet.up(2, CARDS, host.port)
+    assert fleet.engine() not in (None, running)
+    assert host.verdict() == "ok"
+    assert host.api("/health") == (200, "")
+    (pid,) = [fleet.engine()]
+    shutil.rmtree(fleet.directory)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        # It is this process's child, and gone when its end was seen.
+        os.waitpid(pid or 0, os.WNOHANG)
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    assert is_free(host.port)
+
+
+def test_hosts_that_could_not_work_are_not_made(tmp_path: Path) -> None:
+    with pytest.raises(FleetError, match="must not be in /opt or /run"):
+        Fleet(Path("/opt/fleet")).check()
+    port = free_ports(1)
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(FleetError, match="is taken"):
+        Fleet(tmp_path).up(1, CARDS, port)
+    assert Fleet(tmp_path).names == []
+
+
+# --- the role -----------------------------------------------------------------------
+
+
+def test_the_role_changes_proves_and_rolls_back(fleet: Fleet, tmp_path: Path) -> None:
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text(fleet.inventory(fleet.names))
+
+    def serve(gpu: int, *arguments: str) -> dict[str, str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        words = [
+            "ansible-playbook",
+            "-i",
+            str(inventory),
+            "serve.yml",
+            "-e",
+            f"gpu_device_id={gpu}",
+            *arguments,
+        ]
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        recap = re.findall(r"^(light-\d+) +: ok=\d+ +(changed=\d+).*(failed=\d+)", done.stdout, re.MULTILINE)
+        assert recap, done.stdout + done.stderr
+        return {name: f"{changed} {failed}" for name, changed, failed in recap}
+
+    first, second = (LightHost(fleet, name) for name in fleet.names)
+    for one in (first, second):
+        one.set_up(0)
+        assert one.run(UP).returncode == 0
+    assert (first.served_gpu(), second.served_gpu()) == ([0], [0])
+    fleet.fault(second.name, {"crash": "1"}, clear=False)
+    moved = serve(1)
+    # What was there (recorded first, as no play had been here), the files, the server, the record.
+    assert moved[first.name] == "changed=4 failed=0"
+    assert moved[second.name].endswith("failed=1")
+    assert (first.served_gpu(), second.served_gpu()) == ([1], [0])
+    assert (second.project / ".env").read_text() == f"GPU_DEVICE_ID=0\nVLLM_PORT={second.port}\n"
+    assert serve(1, "--limit", first.name) == {first.name: "changed=0 failed=0"}
