@@ -119,11 +119,12 @@ class Terminal(Lines):
 
     def __init__(self, rollout: Rollout) -> None:
         super().__init__(rollout)
+        self.begun = time.monotonic()
+        self.spinner = Spinner("dots")
+        # It renders at once.
         self.live = Live(
             console=self.console, get_renderable=self.render, refresh_per_second=4, transient=True
         )
-        self.begun = time.monotonic()
-        self.spinner = Spinner("dots")
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -147,7 +148,8 @@ class Terminal(Lines):
         working = at_work(rollout)
         for host in working[:_SHOWN]:
             seconds = (now - host.started).total_seconds() if host.started else 0
-            grid.add_row(self.spinner, escape(host.name), host.phase, f"{seconds:4.0f} s")
+            cards = f"{short(host.before)} → {short(host.wanted)}"
+            grid.add_row(self.spinner, escape(host.name), cards, host.phase, f"{seconds:4.0f} s")
         if len(working) > _SHOWN:
             grid.add_row("", f"and {len(working) - _SHOWN} more")
         done = sum(bool(host.ended) for host in rollout.hosts.values())

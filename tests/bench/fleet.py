@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure roll-outs over light hosts (molecule/simulated_host/light_fleet.py); print Markdown tables.
 
-For each size, from servers that are proven on GPU 0: a play that moves every
-server to GPU 1, and the same play again, which changes nothing. After each one
-the hosts themselves are asked where their servers are. docs/fleet-scale.md
-explains the columns.
+For each size, from servers that are proven on GPU 0: scripts/rollout moves every
+server to GPU 1, and once more, which changes nothing. After each run the hosts
+themselves are asked where their servers are. docs/fleet-scale.md explains the
+columns.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
@@ -53,29 +56,29 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the play: the defaults of ansible.cfg, but for what is named here."""
+    """One way to do it: with the settings of ansible.cfg, but for what is named here."""
 
     name: str
-    playbook: str = ""
+    playbook: str = ""  # by ansible-playbook; without one it is scripts/rollout
     environment: dict[str, str] = field(default_factory=dict)
-    runner: bool = True
-    facts: bool = False
-    delay: int = 0
+    delay: int = 0  # seconds that a server loads
 
 
+ROLLOUT, SERVE = "playbooks/rollout.yml", "playbooks/serve.yml"
+FACTS = HERE / "facts.yml"
 WAYS = (
-    Way("as it is"),
+    Way("scripts/rollout as it is"),
     Way("forks 5", environment={"ANSIBLE_FORKS": "5"}),
     Way("forks 10", environment={"ANSIBLE_FORKS": "10"}),
     Way("forks 50", environment={"ANSIBLE_FORKS": "50"}),
     Way("no pipelining", environment={"ANSIBLE_PIPELINING": "False"}),
-    Way("facts gathered first", facts=True),
-    Way("ansible-playbook, its own callback", runner=False),
-    Way("serve.yml: all hosts in one batch", "playbooks/serve.yml"),
-    Way("serve.yml, strategy free", "playbooks/serve.yml", {"ANSIBLE_STRATEGY": "free"}),
-    Way("serve.yml, servers load 15 s, forks 5", "playbooks/serve.yml", {"ANSIBLE_FORKS": "5"}, delay=15),
-    Way("serve.yml, servers load 15 s, forks 20", "playbooks/serve.yml", {"ANSIBLE_FORKS": "20"}, delay=15),
-    Way("serve.yml, servers load 15 s, forks 50", "playbooks/serve.yml", {"ANSIBLE_FORKS": "50"}, delay=15),
+    Way("ansible-playbook rollout.yml", ROLLOUT),
+    Way("the same, facts gathered first", str(FACTS)),
+    Way("serve.yml: all hosts in one batch", SERVE),
+    Way("serve.yml, strategy free", SERVE, {"ANSIBLE_STRATEGY": "free"}),
+    Way("serve.yml, servers load 15 s, forks 5", SERVE, {"ANSIBLE_FORKS": "5"}, 15),
+    Way("serve.yml, servers load 15 s, forks 20", SERVE, {"ANSIBLE_FORKS": "20"}, 15),
+    Way("serve.yml, servers load 15 s, forks 50", SERVE, {"ANSIBLE_FORKS": "50"}, 15),
 )
 
 
@@ -108,47 +111,41 @@ class Figures(NamedTuple):
 # --- running a play -----------------------------------------------------------
 
 
-def play(way: Way, playbook: str, gpu: int) -> dict[str, Any]:
-    """Run the play in this process, and return its statistics. Only main() calls this, in a child."""
+def play(way: Way, gpu: int) -> dict[str, Any]:
+    """Run it in this process; return how many events there were, and each host's outcome.
+
+    Only main() calls this for a measurement, in a child.
+    """
     os.environ.update(way.environment)
-    playbook = str(ROOT / (way.playbook or playbook))
-    if way.facts:
-        first = {"hosts": "vllm_gpu", "gather_facts": True}
-        (HERE / "facts.yml").write_text(json.dumps([first, {"ansible.builtin.import_playbook": playbook}]))
-        playbook = str(HERE / "facts.yml")
-    inventory, events = str(HERE / "hosts.yml"), 0
-    if not way.runner:
-        words = ["ansible-playbook", "-i", inventory, "-e", f"gpu_device_id={gpu}", playbook]
+    inventory = str(HERE / "hosts.yml")
+    if way.playbook:
+        words = ["ansible-playbook", "-i", inventory, "-e", f"gpu_device_id={gpu}", way.playbook]
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=False, text=True)
-        recap = re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+) .*failed=(\d+)", done.stdout, re.MULTILINE)
-        stats = {
-            "changed": {name: int(changed) for name, changed, _ in recap},
-            "failures": {name: int(failed) for name, _, failed in recap if failed != "0"},
+        recap = re.findall(
+            r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", done.stdout, re.MULTILINE
+        )
+        outcomes = {
+            name: "failed" if int(lost) or int(failed) else "changed" if int(changed) else "already_right"
+            for name, changed, lost, failed in recap
         }
-        return {"events": 0, "stats": stats}
-    # As scripts/rollout does it.
-    import ansible_runner  # noqa: PLC0415 (costs half a second, which the parent has no use for)
+        return {"events": 0, "outcomes": outcomes}
+    sys.path.insert(0, str(ROOT / "scripts"))
+    script: Any = ModuleType("rollout")
+    script.__file__ = str(ROOT / "scripts/rollout")
+    SourceFileLoader("rollout", script.__file__).exec_module(script)
+    sys.argv = ["rollout", "-i", inventory, "-e", f"gpu_device_id={gpu}", "--reports", str(HERE / "rollouts")]
+    events = 0
 
-    stats = {}
+    class Counted(script.Run):  # type: ignore[misc]
+        def take(self, event: dict[str, Any]) -> bool:
+            nonlocal events
+            events += 1
+            return bool(super().take(event))
 
-    def take(event: dict[str, Any]) -> bool:
-        nonlocal events, stats
-        events += 1
-        if event["event"] == "playbook_on_stats":
-            stats = event["event_data"]
-        return False
-
-    ansible_runner.run(
-        private_data_dir=str(HERE / "runner"),
-        project_dir=str(ROOT),
-        playbook=playbook,
-        inventory=inventory,
-        extravars={"gpu_device_id": str(gpu)},
-        settings={"suppress_env_files": True},
-        quiet=True,
-        event_handler=take,
-    )
-    return {"events": events, "stats": stats}
+    with contextlib.redirect_stdout(sys.stderr):
+        Counted(script.options()).run()
+    report = read_json(HERE / "rollouts/latest/report.json")
+    return {"events": events, "outcomes": {host["name"]: host["outcome"] for host in report["hosts"]}}
 
 
 def tree(root: int) -> Iterator[int]:
@@ -190,9 +187,9 @@ def busy() -> float:
 class Bench:
     """The light hosts, and what is measured on them."""
 
-    def __init__(self, fleet: Fleet, playbook: str) -> None:
-        """Measure this playbook on this fleet."""
-        self.fleet, self.playbook = fleet, playbook
+    def __init__(self, fleet: Fleet) -> None:
+        """Measure on this fleet."""
+        self.fleet = fleet
         self.gpu = 0
 
     def hosts_seconds(self) -> tuple[float, float]:
@@ -210,10 +207,8 @@ class Bench:
         changes = gpu != self.gpu
         for name in self.fleet.names:
             self.fleet.fault(name, {"start_delay": str(way.delay)}, clear=True)
-        shutil.rmtree(HERE / "runner", ignore_errors=True)
-        (HERE / "runner").mkdir()
         started, before, peak = time.monotonic(), busy(), (0.0, 0.0)
-        order = json.dumps([vars(way), self.playbook, gpu])
+        order = json.dumps([vars(way), gpu])
         with (HERE / "result.json").open("w+") as result, (HERE / "log").open("w") as log:
             words = [sys.executable, __file__, "--play", order]
             # In a session of its own: two signals at once, from a terminal and from here, lock the runner up.
@@ -232,25 +227,22 @@ class Bench:
                 raise
             wall, spent = time.monotonic() - started, busy() - before
             result.seek(0)
-            said = json.loads(result.read() or '{"events": 0, "stats": {}}')
+            said = json.loads(result.read() or '{"events": 0, "outcomes": {}}')
         used: resource.struct_rusage = ended[2]
         self.gpu = gpu
-        self.check(said["stats"], changes=changes)
+        self.check(said["outcomes"], changes=changes)
         hosts_now, engine_now = self.hosts_seconds()
         hosts, engine = hosts_now - hosts, engine_now - engine
         controller = used.ru_utime + used.ru_stime - hosts
         others = max(0, spent - controller - hosts - engine) / wall / (os.cpu_count() or 1)
         return Figures(wall, controller, hosts + engine, *peak, said["events"], 100 * others)
 
-    def check(self, stats: dict[str, Any], *, changes: bool) -> None:
-        """Stop where the play didn't do what was to be measured."""
+    def check(self, outcomes: dict[str, str], *, changes: bool) -> None:
+        """Stop where it didn't do what was to be measured."""
         names = self.fleet.names
-        changed = [name for name, count in stats.get("changed", {}).items() if count]
-        if stats.get("failures") or stats.get("dark") or len(changed) != (len(names) if changes else 0):
-            log = (HERE / "log").read_text()
-            sys.exit(
-                f"the play didn't do what it should: {len(changed)} of {len(names)} changed\n{stats}\n{log}"
-            )
+        if outcomes != dict.fromkeys(names, "changed" if changes else "already_right"):
+            counted = dict(Counter(outcomes.values()))
+            sys.exit(f"this is not what was to be measured: {counted}\n{(HERE / 'log').read_text()}")
         for name in names:
             used = [bool(card["used_mib"]) for card in self.fleet.state(name)["cards"]]
             if used.index(True) != self.gpu or used.count(True) != 1:
@@ -269,8 +261,8 @@ class Bench:
             self.fleet.up(count, ROOT / "molecule/simulated_host/cards.json", 20000)
         first, *others = self.fleet.names
         (HERE / "hosts.yml").write_text(self.fleet.inventory([first]))
-        done = play(Way("", "playbooks/serve.yml", runner=False), "", 0)
-        if done["stats"]["failures"]:
+        done = play(Way("", SERVE), 0)
+        if done["outcomes"] != {first: "changed"}:
             sys.exit("the first host could not be set up")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda name: self.copy(first, name), others))
@@ -351,13 +343,11 @@ def main() -> None:
     parser.add_argument("--sizes", default="1 10 100 1000", help="numbers of hosts")
     parser.add_argument("--middle", type=int, default=20, help="the size for the choices; 0: leave them out")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each choice")
-    default = "playbooks/rollout.yml"
-    parser.add_argument("--playbook", default=default, help=f"from the root of the clone; default {default}")
     parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.play:
-        way, playbook, gpu = json.loads(options.play)
-        print(json.dumps(play(Way(**way), playbook, gpu)))
+        way, gpu = json.loads(options.play)
+        print(json.dumps(play(Way(**way), gpu)))
         return
     # The plays of a person at a shell, whatever runs this.
     for key in [key for key in os.environ if key.startswith("ANSIBLE_")]:
@@ -365,11 +355,13 @@ def main() -> None:
     os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     HERE.mkdir(parents=True, exist_ok=True)
+    first = {"hosts": "vllm_gpu", "gather_facts": True}
+    FACTS.write_text(json.dumps([first, {"ansible.builtin.import_playbook": str(ROOT / ROLLOUT)}]))
     # Its own fleet: whatever else there is stays as it is.
     fleet = Fleet(HERE / "fleet")
-    bench = Bench(fleet, options.playbook)
+    bench = Bench(fleet)
     try:
-        print(f"{options.playbook} on {machine()}\n", flush=True)
+        print(f"{machine()}\n", flush=True)
         bench.sizes([int(size) for size in options.sizes.split()])
         if options.middle:
             print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")

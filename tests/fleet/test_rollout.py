@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -41,6 +46,31 @@ def test_a_good_one_and_once_more(fleet: Fleet) -> None:
     again = fleet.rollout()
     assert (again.code, again.outcomes) == (0, all_of_them("already_right"))
     assert fleet.containers() == before
+
+
+def test_a_person_at_a_terminal_sees_it_live(fleet: Fleet) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 80))
+    words: list[str | Path] = [
+        ROOT / "scripts/rollout", "-i", fleet.inventory(), "-e", "gpu_device_id=1", "--limit", "fleet1,fleet2",
+        "--reports", fleet.folder / "rollouts",
+    ]  # fmt: skip
+    environment = {**fleet.environment, "TERM": "xterm-256color"}
+    shown = b""
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # its other end was closed
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert process.returncode == 0, text
+    for words_seen in (
+        "Looking at every host before the first is touched: 0 of 2", "fleet1 GPU 0 → GPU 1 deploy", "1 of 2 hosts",
+        "✔ fleet2: GPU 0 → GPU 1, changed after", "All 2 hosts are proven: 2 changed, 0 were right already.",
+    ):  # fmt: skip
+        assert words_seen in text
+    assert max(map(len, re.split(r"[\r\n]+", text.partition("Report:")[0]))) <= 80
 
 
 def test_a_plan_touches_nothing(fleet: Fleet) -> None:
