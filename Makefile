@@ -9,6 +9,7 @@ BIN := .venv/bin
 SIM := molecule/simulated_host
 HOSTS ?= 6
 KILLS ?= 30
+GPUS ?= 0,1
 SIZES ?= 1 10 100 1000
 # $(call step,what,command): a person who waits sees a step, and its time.
 step = echo "==> $(1)"; SECONDS=0; $(2); echo "    done in $$SECONDS s"
@@ -30,7 +31,7 @@ fleet: machine venv ## Roll out over HOSTS=6 simulated GPU hosts, by SSH
 	@scripts/demo_fleet $(HOSTS)
 
 .PHONY: test
-test: machine lint types unit scenarios ## Run every check but the fault matrix
+test: machine lint types unit scenarios ## Linters, types, unit tests, Molecule, the role on simulated hosts
 
 .PHONY: machine
 machine:
@@ -98,10 +99,24 @@ kills: .venv/.dev machine ## Kill KILLS=30 plays at random moments; the next one
 	@$(call step,Killed plays, KILLS=$(KILLS) PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name kills)
 	@cat .cache/kills.md
 
-# Not within `step`: it prints its tables row by row, for an hour.
+# Not within `step`: they print their tables row by row, for minutes or hours.
+.PHONY: bench
+bench: .venv/.dev machine ## Measure serve.yml and the referee beside what one would use instead
+	@$(BIN)/python tests/bench/serve.py
+
 .PHONY: bench-fleet
 bench-fleet: .venv/.dev machine ## Measure roll-outs over 1 to 1,000 light hosts (SIZES="1 10 100 1000")
 	@$(BIN)/python tests/bench/fleet.py --sizes "$(SIZES)"
+
+.PHONY: acceptance
+acceptance: .venv/.dev machine ## Real vLLM (its CPU build) on a simulated GPU host, by the same role
+	@$(call step,Real vLLM on a simulated GPU host, $(BIN)/pytest -s tests/acceptance)
+	@cat .cache/acceptance.md
+
+.PHONY: acceptance-gpu
+acceptance-gpu: venv ## On your own GPU host: serve on each of GPUS=0,1 and write down what was seen
+	@$(BIN)/ansible-playbook $(if $(INVENTORY),--inventory $(INVENTORY)) $(if $(HOST),--limit $(HOST)) \
+	  playbooks/acceptance.yml -e vllm_gpu_acceptance_gpus=$(GPUS) $(ARGS)
 
 .PHONY: rollouts
 rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, good and bad
@@ -110,12 +125,14 @@ rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, g
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv
-	@cd requirements && for name in runtime dev collections compose-oldest; do \
+	@cd requirements && for name in runtime dev collections compose-oldest acceptance; do \
 	  flags="--universal --python-version 3.11"; \
 	  case $$name in \
 	    dev) flags+=" --constraint runtime.txt" ;; \
 	    collections) flags+=" --no-deps" ;; \
 	    compose-oldest) flags="--python-version 3.11 --python-platform linux --override compose-oldest.override" ;; \
+	    acceptance) flags="--python-version 3.11 --python-platform x86_64-manylinux_2_28 --override acceptance.override"; \
+	      flags+=" --index-strategy unsafe-best-match" ;; \
 	  esac; \
 	  ../$(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
 	    --custom-compile-command "make lock" $$flags $$name.in --output-file $$name.txt; \

@@ -58,9 +58,9 @@ class GpuHost:
     def __init__(self, name: str, inventory: Path) -> None:
         self.name = name
         self.inventory = inventory
-        config = ROOT / f".cache/simulated-hosts/{name}/ssh_config"
-        (alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
-        self.look: Host = testinfra.get_host(f"ssh://{alias}", ssh_config=str(config))
+        self.ssh_config = ROOT / f".cache/simulated-hosts/{name}/ssh_config"
+        (self.alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
+        self.look: Host = testinfra.get_host(f"ssh://{self.alias}", ssh_config=str(self.ssh_config))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -136,5 +136,7 @@ def started(name: str) -> Iterator[GpuHost]:
     """A fresh simulated GPU host of that name, for the time of a `with`."""
     gpuhost("down", name)
     gpuhost("up", name)
-    yield running(name)
-    gpuhost("down", name)
+    try:
+        yield running(name)
+    finally:
+        gpuhost("down", name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -16,6 +17,8 @@ _LOG_LINES = 10
 _REMINDER = 10
 # How long a server that is ready may be on no card; seconds.
 _ON_NO_CARD = 20
+# Looks in a row that may be lost with their connection: a model loads for many minutes.
+_LOST_LOOKS = 3
 
 
 def verdict(state: dict[str, Any], first_restarts: int) -> str | None:
@@ -50,6 +53,22 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     _supports_check_mode = False
 
+    def _look(self, arguments: dict[str, Any], task_vars: Any, interval: int) -> dict[str, Any]:
+        """Take a look at the host; some that are lost with their connection are taken again."""
+        for left in reversed(range(_LOST_LOOKS + 1)):
+            try:
+                state: dict[str, Any] = self._execute_module(
+                    module_name="mlops.vllm_gpu.server_info",
+                    module_args={**arguments, "waiting": True, "log_lines": _LOG_LINES},
+                    task_vars=task_vars,
+                )
+                break
+            except AnsibleConnectionFailure:
+                if not left:
+                    raise
+                time.sleep(interval)
+        return state
+
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Look until the server is proven (success) or can't become so (failure)."""
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -62,14 +81,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         said, said_at, ready_at = "", 0.0, 0.0
         problems: list[str] = []
         while True:
-            state = self._execute_module(
-                module_name="mlops.vllm_gpu.server_info",
-                module_args={**arguments, "log_lines": _LOG_LINES},
-                task_vars=task_vars,
-            )
+            state = self._look(arguments, task_vars, interval)
             elapsed = time.monotonic() - started
             result.update(state, elapsed=round(elapsed))
-            if state.get("failed") or state.get("unreachable") or state["proven"]:
+            if state.get("failed") or state["proven"]:
                 return result
             # One look can stumble over a busy engine or driver; the next one shows it.
             if state["problems"] and not problems:

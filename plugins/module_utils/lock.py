@@ -16,9 +16,10 @@ import time
 from typing import Any, Dict, Iterator, Optional
 
 PATH = "/run/vllm_gpu.lock"
-# How long a lease lasts: at first long enough for the longest step that doesn't
-# renew it (besides the grace period of the old container, which is added), then
-# short, so that a killed play is soon forgotten. Seconds.
+# How long a lease lasts: long enough for the longest step that doesn't renew it
+# (besides the grace period of the old container, which is added); while the play
+# only waits, and renews it with every look, short, so that a killed one is soon
+# forgotten. Seconds.
 STEP = 90
 RENEWAL = 15
 
@@ -59,13 +60,13 @@ def take(run: str, who: str, grace: int = 30) -> Optional[Dict[str, Any]]:
         return None
 
 
-def renew(run: str) -> bool:
-    """Renew the lease of `run`; False when another play has taken it."""
+def renew(run: str, seconds: int = RENEWAL) -> bool:
+    """Let the lease of `run` last from now on; False when another play has taken it."""
     with _opened() as descriptor:
         lease, now = _read(descriptor), time.monotonic()
         if lease.get("run") != run:
             return False
-        _write(descriptor, dict(lease, renewed=now, until=now + RENEWAL))
+        _write(descriptor, dict(lease, renewed=now, until=now + seconds))
         return True
 
 

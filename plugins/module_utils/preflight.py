@@ -225,6 +225,23 @@ def check_exposure(asked: Asked) -> Optional[str]:
     )
 
 
+def check_project(asked: Asked) -> Optional[str]:
+    """Nobody else's containers are in the Compose project, which would be taken for the server's."""
+    project = asked.wanted["env"]["COMPOSE_PROJECT_NAME"]
+    mine = "label=com.docker.compose.project={0}".format(project)
+    names = shell.run(["docker", "ps", "--all", "--filter", mine, "--format", "{{.Names}}"]).out.split()
+    # While Compose recreates a container it has an interim name: the old id before its own.
+    others = [name for name in names if not re.match(r"([0-9a-f]+_)?vllm-server$", name)]
+    if not others:
+        return None
+    return (
+        "The Compose project {0} on this host has containers that are not this role's: {1}. Move them to a project "
+        "of another name (COMPOSE_PROJECT_NAME, or `name:` in their compose file), or remove them.".format(
+            project, ", ".join(others)
+        )
+    )
+
+
 def check_disk(asked: Asked) -> Optional[str]:
     """An image that has to be pulled will fit."""
     if asked.state["image_present"]:
@@ -237,7 +254,9 @@ def check_disk(asked: Asked) -> Optional[str]:
         return None
     return (
         "{0} has {1} GB free, and the image {2} that has to be pulled may take {3} GB. Make room, for example "
-        "with `docker image prune`.".format(root, free // 10**9, asked.state["image"], IMAGE_BYTES // 10**9)
+        "with `docker image prune`; or, if you know that it fits, `docker pull` it by hand.".format(
+            root, free // 10**9, asked.state["image"], IMAGE_BYTES // 10**9
+        )
     )
 
 
@@ -302,6 +321,7 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_wsl,
     check_engine,
     check_compose,
+    check_project,
     check_drift,
     check_training,
     check_memory,

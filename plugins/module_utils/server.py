@@ -130,7 +130,9 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
     also before it was ever installed there.
     """
     argv = ["bash", "-s", "--", "--json", "--deep", "--no-drift", "--container", CONTAINER]
-    output = shell.run(argv + (["--expect", expect] if expect is not None else []), script.encode())
+    argv += ["--expect", expect] if expect is not None else []
+    # It makes several calls, each with a limit of its own.
+    output = shell.run(argv, script.encode(), timeout=3 * shell.TIMEOUT)
     try:
         verdict = json.loads(output.out)
     except ValueError:
@@ -295,9 +297,19 @@ def explain_compose(said: str, env_path: str, env: bytes, project_dir: str) -> s
     return "Compose refuses the configuration for {0}: {1}".format(project_dir, said)
 
 
+def answered(output: shell.Output) -> None:
+    """Raise Problem where docker gave no answer in time: that is no word about what is there."""
+    if output.code is None:
+        raise Problem(
+            "docker gave {0}. Look what the engine is doing (`systemctl status docker`, `journalctl -u docker`), "
+            "and run the play again.".format(output.err)
+        )
+
+
 def inspect_container() -> Optional[Dict[str, Any]]:
     """Return the server's container, or None; never its environment, which holds secrets."""
     output = shell.run(["docker", "inspect", "--type", "container", "--format", _INSPECT, CONTAINER])
+    answered(output)
     if output.code != 0:
         return None
     raw = json.loads(output.out)
@@ -327,6 +339,7 @@ def inspect_container() -> Optional[Dict[str, Any]]:
 def image_id(image: str) -> Optional[str]:
     """Return the id of an image that the engine has, or None where it would be pulled."""
     output = shell.run(["docker", "image", "inspect", "--format", "{{.Id}}", image])
+    answered(output)
     return output.out.strip() if output.code == 0 else None
 
 

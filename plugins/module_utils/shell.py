@@ -18,12 +18,14 @@ class Output(NamedTuple):
     err: str
 
 
-def run(argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None) -> Output:
-    """Run `argv` without a shell, for at most TIMEOUT seconds."""
+def run(
+    argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None, timeout: float = TIMEOUT
+) -> Output:
+    """Run `argv` without a shell, for at most `timeout` seconds."""
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=TIMEOUT, check=False, env=env)
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout, check=False, env=env)
     except subprocess.TimeoutExpired:
-        return Output(None, "", "no answer in {0} s".format(TIMEOUT))
+        return Output(None, "", "no answer in {0} s".format(timeout))
     except OSError as error:
         return Output(127, "", str(error))
     return Output(

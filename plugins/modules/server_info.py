@@ -44,6 +44,10 @@ options:
   lock:
     description: The play, as M(mlops.vllm_gpu.server_lock) named it, whose lock to renew.
     type: str
+  waiting:
+    description: Whether the play only waits, with a look every few seconds, so that a short lease will do.
+    type: bool
+    default: false
   log_lines:
     description: How many of the last lines of the container's log to return.
     type: int
@@ -194,16 +198,19 @@ def main() -> None:
             },
             "training_gpus": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str"},
+            "waiting": {"type": "bool", "default": False},
             "log_lines": {"type": "int", "default": 0},
             "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
         },
         supports_check_mode=True,
     )
     params = module.params
-    if params["lock"] and not lock.renew(params["lock"]):
-        module.fail_json(msg="Another play has taken over this server's change; this one has stopped.")
     options = {key: params[key] for key in ("as_installed", "preflight", "force", "training_gpus")}
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
+    grace = (state["container"] or {}).get("stop_timeout", 0)
+    lease = lock.RENEWAL if params["waiting"] else lock.STEP + grace
+    if params["lock"] and not lock.renew(params["lock"], lease):
+        module.fail_json(msg="Another play has taken over this server's change; this one has stopped.")
     lines = params["log_lines"]
     state["log"] = server.log_tail(lines) if lines and state["container"] else []
     module.exit_json(changed=False, invocation=server.invocation(params), **state)

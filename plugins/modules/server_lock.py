@@ -79,7 +79,10 @@ def main() -> None:
     if params["state"] == "released":
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
-    container = server.inspect_container() or {}
+    try:
+        container = server.inspect_container() or {}
+    except server.Problem as problem:
+        module.fail_json(msg=str(problem), run=run)
     started = time.monotonic()
     # One more renewal may still come from a play that was killed: its last
     # step on the host runs to its end.
@@ -91,8 +94,9 @@ def main() -> None:
         seen.add((str(lease["run"]), float(lease["renewed"])))
         if len(seen) > _ALIVE:
             module.fail_json(
-                msg="{0} is changing this server right now. This play has changed nothing here. Run it again "
-                "when the other one has ended.".format(lease["who"])
+                run=run,
+                msg="{0} is changing this server right now. Run this play again when that one has "
+                "ended.".format(lease["who"]),
             )
         time.sleep(0.5)
     module.exit_json(changed=False, run=run, waited=round(time.monotonic() - started))

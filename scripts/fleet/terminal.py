@@ -55,8 +55,7 @@ class Lines:
             self.say(f"  {host.name}: {host.phase}")
 
     def on_host(self, host: Host) -> None:
-        failing = bool(host.error)
-        outcome = ("rolled_back" if host.back else "failed") if failing else host.outcome
+        outcome = host.outcome
         _colour, sign = SIGNS[outcome]
         seconds = (host.ended - host.started).total_seconds() if host.ended and host.started else 0
         down = "" if host.down_for is None else f", down for at most {host.down_for:.0f} s"

@@ -203,6 +203,27 @@ def test_a_server_started_from_another_directory_is_left_alone(clean_host: GpuHo
     assert not clean_host.look.file("/opt/elsewhere").exists
 
 
+def test_other_peoples_containers_of_the_same_project_are_left_alone(served: GpuHost) -> None:
+    served.look.check_output(
+        "docker run --detach --name chat-db --label com.docker.compose.project=vllm --entrypoint sleep "
+        "vllm/vllm-openai:v0.32.0 3600"
+    )
+    before = served.container()
+    try:
+        output = served.fail_to_serve(gpu_device_id=1)
+        assert (
+            "The Compose project vllm on this host has containers that are not this role's: chat-db."
+            in output
+        )
+        removed = served.play("playbooks/teardown.yml")
+        assert removed.code != 0
+        assert "are not this role's: chat-db" in " ".join(removed.output.split())
+        assert served.look.check_output("docker inspect --format '{{.State.Running}}' chat-db") == "true"
+        assert served.container() == before
+    finally:
+        served.look.check_output("docker rm --force chat-db")
+
+
 def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
     before = served.container()
     served.look.check_output(f'echo "MY_SECRET=\'s3cr3t-never-closed" >> {DIRECTORY}/.env')
@@ -215,7 +236,8 @@ def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
 
 def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
     done = subprocess.run(
-        [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "-e", "gpu_device_id=1"],
+        # Wherever this runs, nothing may come of it.
+        [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "--check", "-e", "gpu_device_id=1"],
         env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]},
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip

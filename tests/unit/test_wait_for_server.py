@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible_collections.mlops.vllm_gpu.plugins.action import wait_for_server
 
@@ -36,7 +37,10 @@ class Scripted(wait_for_server.ActionModule):
         self._looks = looks
 
     def _execute_module(self, **_arguments: object) -> dict[str, Any]:
-        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+        one = self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
+        if "lost" in one:
+            raise AnsibleConnectionFailure(one["lost"])
+        return one
 
 
 def wait(monkeypatch: pytest.MonkeyPatch, looks: list[dict[str, Any]], **arguments: object) -> dict[str, Any]:
@@ -95,3 +99,10 @@ def test_ready_but_on_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was not ready after 60 s: API: no answer." in wait(monkeypatch, [look()])["msg"]
+
+
+def test_a_lost_connection_is_not_the_end_of_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: dict[str, Any] = {"lost": "Connection reset by peer"}
+    assert wait(monkeypatch, [look(), lost, lost, lost, look(), lost, look(proven=True)])["proven"]
+    with pytest.raises(AnsibleConnectionFailure):
+        wait(monkeypatch, [look(), lost, lost, lost, lost, look(proven=True)])

@@ -1,0 +1,177 @@
+"""Real vLLM in a simulated GPU host: the same role, compose file and playbooks, told nothing about it.
+
+The tests tell one story, in their order: a start takes the better part of a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result
+from tests.gpu_host import started as start
+
+VARIABLES = {
+    "vllm_gpu_image": "vllm/vllm-openai-cpu:v0.32.0",
+    "vllm_gpu_model": "/models/tiny",
+    "vllm_gpu_models": "/srv/models",
+    "vllm_gpu_start_timeout": 300,
+}
+EVIDENCE = ROOT / ".cache/acceptance.md"
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[GpuHost]:
+    EVIDENCE.unlink(missing_ok=True)
+    with start("acceptance") as one:
+        subprocess.run(
+            [sys.executable, ROOT / "molecule/simulated_host/real_vllm.py", one.name],
+            check=True,
+            timeout=1200,
+        )
+        yield one
+
+
+def play(host: GpuHost, playbook: str = "serve.yml", /, **variables: object) -> Result:
+    asked = json.dumps({**VARIABLES, **variables})
+    return host.play(playbook, "-e", asked)
+
+
+def serve(host: GpuHost, gpu: int, **variables: object) -> None:
+    done = play(host, gpu_device_id=gpu, **variables)
+    assert done.code == 0, done.output
+
+
+def note(what: str, text: str) -> None:
+    """Keep for a person what was seen."""
+    with EVIDENCE.open("a", encoding="utf-8") as file:
+        file.write(f"### {what}\n\n```\n{text.strip()}\n```\n\n")
+
+
+def ask(host: GpuHost, path: str, body: object = None, key: str = "") -> tuple[int, Any]:
+    """Ask the API, from the host itself; return the status and the answer."""
+    words = f"curl -s -o /root/answer -w '%{{http_code}}' http://127.0.0.1:8000/{path}"
+    if key:
+        words += f" -H 'Authorization: Bearer {key}'"
+    if body is not None:
+        words += f" -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    status = int(host.look.run(words).stdout)
+    text = host.look.run("cat /root/answer").stdout
+    return status, json.loads(text) if text else None
+
+
+def complete(host: GpuHost) -> list[str]:
+    """Return the tokens of a completion."""
+    body = {
+        "model": "/models/tiny",
+        "prompt": "Beautiful is",
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 0,
+    }
+    status, answer = ask(host, "v1/completions", body)
+    assert status == 200, answer
+    tokens: list[str] = answer["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) > 1
+    return tokens
+
+
+def proof(host: GpuHost, gpu: int) -> None:
+    """The server is on this card and on no other: by nvidia-smi, the engine, and the referee."""
+    rows = host.look.check_output(
+        "nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name --format=csv,noheader"
+    )
+    uuids = host.look.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
+    top = host.look.check_output("docker top vllm-server -eo pid,ppid,comm")
+    requests = host.look.check_output(
+        "docker inspect --format '{{json .HostConfig.DeviceRequests}}' vllm-server"
+    )
+    referee = host.look.run(f"{DIRECTORY}/check_gpu_allocation.sh --deep --expect {gpu}")
+    note(f"GPU {gpu}", f"{rows}\n\n{top}\n\n{requests}\n\n{referee.stdout}")
+    (row,) = rows.splitlines()
+    uuid, pid, _name = row.split(", ")
+    assert uuid == uuids[gpu]
+    # The API server has no card; its child's child, the engine's worker, has this one.
+    processes = {line.split()[0]: line.split()[1:] for line in top.splitlines()}
+    parent, name = processes[pid]
+    assert name == "VLLM::Worker", top
+    grandparent, name = processes[parent]
+    assert name.startswith("VLLM::Engine"), top
+    assert processes[grandparent][1] == "vllm", top
+    assert json.loads(requests)[0]["DeviceIDs"] == [str(gpu)]
+    assert referee.rc == 0, referee.stdout
+
+
+def test_on_gpu_0_then_on_gpu_1_it_gives_the_same_tokens(host: GpuHost) -> None:
+    serve(host, 0)
+    proof(host, 0)
+    assert ask(host, "health") == (200, None)
+    status, models = ask(host, "v1/models")
+    assert (status, [model["id"] for model in models["data"]]) == (200, ["/models/tiny"])
+    assert ask(host, "version")[1]["version"].startswith("0.32.0")
+    tokens = complete(host)
+    assert play(host, gpu_device_id=0).changed == 0
+
+    serve(host, 1)
+    proof(host, 1)
+    assert complete(host) == tokens
+    note("Tokens on both", repr(tokens))
+
+
+def test_back_to_the_server_before(host: GpuHost) -> None:
+    done = play(host, "playbooks/rollback.yml")
+    assert done.code == 0, done.output
+    proof(host, 0)
+    complete(host)
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"vllm_gpu_model": "/models/nowhere"}, "there is no /srv/models/nowhere"),
+        ({"vllm_gpu_model": "acme/does-not-exist"}, "acme/does-not-exist"),
+        ({"vllm_gpu_extra_args": ["--no-such-flag"]}, "unrecognized arguments: --no-such-flag"),
+    ],
+    ids=["a path that isn't there", "a model that can't be had", "a wrong flag"],
+)
+def test_what_real_vllm_refuses_is_put_back(host: GpuHost, variables: dict[str, object], reason: str) -> None:
+    done = play(host, gpu_device_id=1, **variables)
+    note(f"Refused: {variables}", done.output.rpartition("fatal: ")[2] or done.output[-3000:])
+    assert done.code != 0
+    assert reason in done.output
+    proof(host, 0)
+    complete(host)
+
+
+def test_a_key_guards_the_api(host: GpuHost, tmp_path: Path) -> None:
+    key = "sk-acceptance-3f81"
+    vault = tmp_path / "vault.yml"
+    vault.write_text(f"vllm_gpu_api_key: {key}\n", encoding="utf-8")
+    done = host.play("serve.yml", "-e", json.dumps({**VARIABLES, "gpu_device_id": 0}), "-e", f"@{vault}")
+    assert done.code == 0, done.output
+    assert key not in done.output
+    assert ask(host, "v1/models")[0] == 401
+    assert ask(host, "v1/models", key=key)[0] == 200
+    assert ask(host, "health")[0] == 200
+    serve(host, 0, vllm_gpu_api_key="")
+
+
+def test_a_worker_that_is_killed(host: GpuHost) -> None:
+    pid = host.look.check_output("nvidia-smi --query-compute-apps=pid --format=csv,noheader")
+    host.look.check_output(f"kill -KILL {pid}")
+    deadline = time.monotonic() + 60
+    while (referee := host.look.run(f"{DIRECTORY}/check_gpu_allocation.sh --json")).rc == 0:
+        assert time.monotonic() < deadline
+    note("The engine was killed", referee.stdout)
+    assert play(host, "playbooks/verify.yml").code != 0
+    # Whether its restart policy has it back by then or not.
+    serve(host, 0)
+    proof(host, 0)
+    complete(host)
