@@ -255,9 +255,10 @@ def test_an_empty_group_and_a_typo(fleet: Fleet) -> None:
 
 def test_secrets_stay_where_they_belong(fleet: Fleet, tmp_path: Path) -> None:
     key = "sk-planted-71c2d9"
-    typed = fleet.rollout("-e", f"vllm_gpu_api_key={key}")
-    assert typed.code == 2
-    assert "is a secret" in typed.said
+    for name in ("vllm_gpu_api_key", "gpu_device_id=1 vault_vllm_gpu_hf_token", "ansible_become_password"):
+        typed = fleet.rollout("-e", f"{name}={key}")
+        assert typed.code == 2
+        assert f"{name.split()[-1]} looks like a secret" in typed.said
     vault = tmp_path / "vault.yml"
     vault.write_text(f"vllm_gpu_api_key: {key}\n", encoding="utf-8")
     processes: list[str] = []
