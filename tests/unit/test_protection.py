@@ -119,6 +119,15 @@ def test_a_play_that_is_alive_keeps_the_lock(clock: list[float]) -> None:
         assert lock.take("b", "B") is not None
 
 
+def test_a_look_before_a_long_step_keeps_the_lock_through_it(clock: list[float]) -> None:
+    lock.take("a", "A")
+    assert lock.renew("a", lock.STEP + 30)
+    clock[0] += lock.STEP + 29
+    assert lock.take("b", "B") is not None
+    clock[0] += 2
+    assert lock.take("b", "B") is None
+
+
 def test_the_lock_of_a_killed_play_runs_out(clock: list[float]) -> None:
     lock.take("a", "A")
     clock[0] += lock.STEP + 29
