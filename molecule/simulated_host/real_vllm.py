@@ -65,8 +65,17 @@ words.save_pretrained(sys.argv[1])
 """
 
 
+def check_python() -> None:
+    """Refuse a machine whose Python the locked packages aren't for."""
+    words = ["/usr/bin/python3", "-c", "import sys; print('.'.join(map(str, sys.version_info[:2])))"]
+    version = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    if f"python{version}" not in PACKAGES.parts:
+        raise HostError(f"/usr/bin/python3 is Python {version}; this needs 3.11 (Debian 12)")
+
+
 def file_system() -> Path:
     """Return the image's file system; made where it isn't there yet."""
+    check_python()
     recipe = hashlib.sha256(Path(__file__).read_bytes() + LOCK.read_bytes()).hexdigest()[:12]
     root = KEPT / recipe
     if root.exists():
@@ -128,9 +137,10 @@ def file_system() -> Path:
         subprocess.run(words, capture_output=True, check=False)  # some files are of other versions
     with step("making a tiny model"):
         words = ["/usr/bin/python3", "-c", MODEL, fresh / "model"]
-        subprocess.run(
-            words, env={**os.environ, "PYTHONPATH": str(packages)}, capture_output=True, check=True
-        )
+        environment = {**os.environ, "PYTHONPATH": str(packages)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise HostError(f"the model could not be made:\n{done.stderr.strip()[-2000:]}")
     fresh.rename(root)
     return root
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
 
-from light_fleet import Fleet
+from light_fleet import Fleet, FleetError
 from light_host import IMAGE, Host, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -363,6 +363,8 @@ def main() -> None:
         if options.middle:
             print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")
             bench.ways(options.middle, options.repeats)
+    except FleetError as error:
+        sys.exit(f"bench-fleet: {error}")
     finally:
         fleet.down()
         shutil.rmtree(HERE)

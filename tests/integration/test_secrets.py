@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -109,7 +110,18 @@ def test_an_empty_key_removes_it(clean_host: GpuHost, vault: str) -> None:
     assert clean_host.look.check_output("curl -sf http://127.0.0.1:8000/v1/models")
 
 
-def test_the_inventory_of_the_host_checks_its_key(started: GpuHost) -> None:
-    config = (ROOT / f".cache/simulated-hosts/{started.name}/ssh_config").read_text(encoding="utf-8")
-    assert "StrictHostKeyChecking yes" in config
+def test_a_host_with_another_key_is_not_spoken_to(started: GpuHost, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    config = started.ssh_config.read_text(encoding="utf-8")
+    port = re.findall(r"Port (\d+)", config)[0]
+    other = " ".join(key.with_suffix(".pub").read_text(encoding="utf-8").split()[:2])
+    (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{port} {other}\n", encoding="utf-8")
+    changed = re.sub(r"(UserKnownHostsFile) .*", rf'\1 "{tmp_path}/known_hosts"', config)
+    (tmp_path / "ssh_config").write_text(changed, encoding="utf-8")
+    done = subprocess.run(
+        ["ssh", "-F", str(tmp_path / "ssh_config"), started.alias, "true"], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Host key verification failed" in done.stderr
     assert started.look.check_output("true") == ""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
-from hypothesis import example, given, reject
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 
+PLUGIN = Path(__file__).resolve().parents[2] / ".cache/docker/cli-plugins/docker-compose"
 KEYS = st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True)
 # Anything that a `.env` line can hold at all.
 VALUES = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"], exclude_characters="\x7f"))
@@ -90,3 +96,22 @@ def test_control_characters_are_refused_by_key(value: str) -> None:
 def test_a_quote_that_never_closes_is_refused_by_key() -> None:
     with pytest.raises(ValueError, match="quote after MINE= is never closed"):
         dotenv.merge(b"A=1\nMINE='x\nB=2\n", {"GPU_DEVICE_ID": "1"})
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(VALUES, min_size=20, max_size=40))
+@example(["it's", 'a "b" c', "$HOME ${X} $$", "a\\b\\", " # no comment", "`id` $(id)", "\\'", "'", "=x"])
+def test_compose_reads_back_what_was_written(values: list[str]) -> None:
+    wanted = {f"K{number}": value for number, value in enumerate(values)}
+    service = {"image": "none", "environment": {key: f"${{{key}}}" for key in wanted}}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "compose.json").write_text(json.dumps({"services": {"a": service}}), encoding="utf-8")
+        (Path(folder) / ".env").write_bytes(dotenv.merge(b"", wanted))
+        done = subprocess.run(
+            [PLUGIN, "--file", "compose.json", "config", "--format", "json"],
+            cwd=folder, env={}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)["services"]["a"]["environment"]
+    # Compose writes a dollar twice, so that its output can be read again.
+    assert {key: value.replace("$$", "$") for key, value in read.items()} == wanted
