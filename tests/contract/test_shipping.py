@@ -1,12 +1,17 @@
-"""What others build from the project: here, the execution environment."""
+"""What leaves the project: the execution environment that others build, and the modules that run on hosts."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.gpu_host import ROOT
+
+ON_THE_HOSTS = sorted((ROOT / "plugins").glob("module*/*.py"))
 
 
 def test_the_execution_environment_can_be_built_from_its_definition(tmp_path: Path) -> None:
@@ -19,3 +24,19 @@ def test_the_execution_environment_can_be_built_from_its_definition(tmp_path: Pa
     assert "FROM $EE_BASE_IMAGE" in text
     assert "ansible-core<2.20 ansible-runner" in text.replace('"', "").replace("'", "")
     assert "community.docker" in (tmp_path / "_build/requirements.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", ON_THE_HOSTS, ids=lambda path: path.name)
+def test_what_runs_on_the_hosts_is_python_3_8_and_its_standard_library(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+    roots = {
+        name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+        )
+    }
+    assert roots <= sys.stdlib_module_names | {"ansible", "ansible_collections"}
+    # Annotations that only newer ones can evaluate stay text.
+    assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)

@@ -23,6 +23,26 @@ def test_rollback_goes_back_and_forth_between_the_last_two_proven_states(clean_h
     assert clean_host.look.check_output(f"cat {DIRECTORY}/.env") == first
 
 
+def test_going_back_is_refused_before_the_server_stops(clean_host: GpuHost) -> None:
+    clean_host.serve(gpu_device_id=0)
+    clean_host.serve(gpu_device_id=1)
+    before = clean_host.container()
+    plan = clean_host.play("playbooks/rollback.yml", "--check")
+    assert plan.code == 0, plan.output
+    assert "Qwen/Qwen3-0.6B would be served on GPU 0 (NVIDIA GeForce RTX 5090) again" in plan.output
+    gpuhost("tenant", clean_host.name, "--card", "0", "--mib", "20000")
+    try:
+        refused = clean_host.play("playbooks/rollback.yml")
+        assert refused.code != 0
+        assert "was left as it is, because:" in refused.output
+        assert "MiB free" in refused.output
+    finally:
+        gpuhost("tenant", clean_host.name, "--stop")
+    assert clean_host.container() == before
+    assert clean_host.play("playbooks/rollback.yml").code == 0
+    assert clean_host.served_gpu() == "0"
+
+
 def test_a_note_in_env_is_no_state_to_go_back_to(clean_host: GpuHost) -> None:
     clean_host.serve(gpu_device_id=0)
     clean_host.serve(gpu_device_id=1)

@@ -29,8 +29,6 @@ PROJECT = (
 )
 UP = f"cd /opt/vllm-gpu && docker compose --ansi never --progress plain {PROJECT} up --detach --pull never"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="light hosts are mount namespaces, which need root")
-
 
 class LightHost:
     """One light host, and programs that run on it."""
@@ -99,6 +97,8 @@ def free_ports(count: int) -> int:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     """Two light hosts."""
+    if os.geteuid() != 0:
+        pytest.skip("light hosts are mount namespaces, which need root")
     made = Fleet(tmp_path / "fleet")
     with made.locked():
         made.up(2, CARDS, free_ports(2))
@@ -383,6 +383,7 @@ def test_the_engine_keeps_what_there_is_and_ends_with_its_hosts(host: LightHost)
     assert is_free(host.port)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="whoever isn't root is told just that")
 def test_hosts_that_could_not_work_are_not_made(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="must not be in /opt or /run"):
         Fleet(Path("/opt/fleet")).check()
