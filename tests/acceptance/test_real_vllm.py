@@ -136,7 +136,8 @@ def test_back_to_the_server_before(host: GpuHost) -> None:
     ("variables", "reason"),
     [
         ({"vllm_gpu_model": "/models/nowhere"}, "there is no /srv/models/nowhere"),
-        ({"vllm_gpu_model": "acme/does-not-exist"}, "acme/does-not-exist"),
+        # The image is told to stay offline, so that real vLLM says it this way.
+        ({"vllm_gpu_model": "acme/does-not-exist"}, "Cannot find an appropriate cached snapshot folder"),
         ({"vllm_gpu_extra_args": ["--no-such-flag"]}, "unrecognized arguments: --no-such-flag"),
     ],
     ids=["a path that isn't there", "a model that can't be had", "a wrong flag"],
