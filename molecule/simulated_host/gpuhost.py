@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -632,14 +632,20 @@ def command_ssh(options: argparse.Namespace) -> None:
     os.execvp(command[0], [*command, *options.command])  # noqa: S606
 
 
+def fault_settings(words: list[str], known: Collection[str]) -> dict[str, str]:
+    """Return the faults that a command line sets, of those that are known."""
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise HostError(f"{word}: not KEY=VALUE with one of the keys {', '.join(known)}")
+        settings[key] = value
+    return settings
+
+
 def command_fault(options: argparse.Namespace) -> None:
     """Set, end or show faults."""
-    settings = {}
-    for setting in options.settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in FAULTS:
-            raise HostError(f"{setting}: not KEY=VALUE with one of the keys {', '.join(FAULTS)}")
-        settings[key] = value
+    settings = fault_settings(options.settings, FAULTS)
     if options.clear:
         settings = dict.fromkeys(set(FAULTS) - {"lost_card"}, "") | settings
     print(json.dumps(Host(options.name).fault(settings)))

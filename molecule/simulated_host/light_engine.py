@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import light_template
+from gpuhost import PLUGIN
 from light_host import CONTAINER, Answer, Container, Host, RefusedError, image_id, read_json, write_json
 
-PLUGIN = Path(__file__).resolve().parents[2] / ".cache/docker/cli-plugins/docker-compose"
 LABEL = "com.docker.compose"
 SERVICE = "vllm"
 ENGINE = "20.10.24"

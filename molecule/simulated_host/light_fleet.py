@@ -43,18 +43,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from light_engine import PLUGIN
+from gpuhost import HERE, PLUGIN, ROOT, HostError, fault_settings
 from light_host import FAULTS, Host, read_json, write_json
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 FLEET = ROOT / ".cache/light-fleet"
 FIRST_PORT = 20000
 PROGRAMS = ("docker", "nvidia-smi")
-
-
-class FleetError(Exception):
-    """Something that the user can do something about."""
 
 
 class Fleet:
@@ -73,7 +67,7 @@ class Fleet:
         """Return a host's directory."""
         path = self.directory / Path(name).name
         if not (path / "host.json").exists():
-            raise FleetError(f"there is no host {name} in {self.directory}")
+            raise HostError(f"there is no host {name} in {self.directory}")
         return path
 
     @contextlib.contextmanager
@@ -114,7 +108,7 @@ class Fleet:
         while not self.engine():
             if process.poll() is not None or time.monotonic() > deadline:
                 said = (self.directory / "engine.log").read_text(encoding="utf-8").strip()
-                raise FleetError(f"light_engine.py doesn't start: {said}")
+                raise HostError(f"light_engine.py doesn't start: {said}")
             time.sleep(0.02)
 
     def stop_engine(self) -> None:
@@ -152,11 +146,11 @@ class Fleet:
     def check(self) -> None:
         """Refuse where light hosts can't be."""
         if os.geteuid() != 0:
-            raise FleetError("light hosts are mount namespaces: run this as root")
+            raise HostError("light hosts are mount namespaces: run this as root")
         if not PLUGIN.exists():
-            raise FleetError(f"run {HERE / 'setup'} first")
+            raise HostError(f"run {HERE / 'setup'} first")
         if {"opt", "run"} & {path.parts[1] for path in (ROOT, self.directory) if len(path.parts) > 1}:
-            raise FleetError(
+            raise HostError(
                 f"{ROOT} and {self.directory} must not be in /opt or /run, which hosts have their own of"
             )
 
@@ -212,7 +206,7 @@ def make(directory: Path, description: dict[str, Any], port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise FleetError(
+            raise HostError(
                 f"port {port} of {directory.name} is taken: choose another --first-port"
             ) from error
     fresh = directory.with_name(f"new-{directory.name}")
@@ -264,12 +258,7 @@ def command_inventory(options: argparse.Namespace) -> None:
 
 def command_fault(options: argparse.Namespace) -> None:
     """Set, end or show faults."""
-    settings = {}
-    for setting in options.settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in FAULTS:
-            raise FleetError(f"{setting}: not KEY=VALUE with one of the keys {', '.join(FAULTS)}")
-        settings[key] = value
+    settings = fault_settings(options.settings, FAULTS)
     for name in options.fleet.names if options.name == "all" else [options.name]:
         print(name, json.dumps(options.fleet.fault(name, settings, clear=options.clear)))
 
@@ -314,7 +303,7 @@ def main() -> None:
     options = parser().parse_args()
     try:
         options.run(options)
-    except FleetError as error:
+    except HostError as error:
         sys.exit(f"light_fleet: {error}")
 
 

@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
 
-from light_fleet import Fleet, FleetError
+from gpuhost import ROOT, HostError
+from light_fleet import Fleet
 from light_host import IMAGE, Host, read_json
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / ".cache/bench-fleet"
 BIN = ROOT / ".venv/bin"
 DIRECTORY = "/opt/vllm-gpu"
@@ -275,8 +275,8 @@ class Bench:
         for path in (target / "opt/vllm-gpu/.env", kept / ".env"):
             port = read_json(target / "host.json")["port"]
             path.write_text(re.sub(r"(?m)^VLLM_PORT=.*", f"VLLM_PORT={port}", path.read_text()))
-        words = "compose --project-directory . --project-name vllm --file docker-compose.serving.yml --env-file .env up"
-        words = words.replace("directory .", f"directory {DIRECTORY}")
+        project = f"--project-directory {DIRECTORY} --project-name vllm"
+        words = f"compose {project} --file docker-compose.serving.yml --env-file .env up"
         program = f"import os; os.chdir('{DIRECTORY}'); os.execvp('docker', 'docker {words}'.split())"
         subprocess.run([target / "python3", "-I", "-S", "-c", program], check=True, capture_output=True)
         boxes = [Host(path).container for path in (source, target)]
@@ -363,7 +363,7 @@ def main() -> None:
         if options.middle:
             print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")
             bench.ways(options.middle, options.repeats)
-    except FleetError as error:
+    except HostError as error:
         sys.exit(f"bench-fleet: {error}")
     finally:
         fleet.down()

@@ -17,8 +17,8 @@ from urllib.request import Request, urlopen
 
 import light_template
 import pytest
-from light_engine import PLUGIN
-from light_fleet import FIRST_PORT, Fleet, FleetError
+from gpuhost import PLUGIN, HostError
+from light_fleet import FIRST_PORT, Fleet
 from light_host import IMAGE, Container, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -385,10 +385,10 @@ def test_the_engine_keeps_what_there_is_and_ends_with_its_hosts(host: LightHost)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="whoever isn't root is told just that")
 def test_hosts_that_could_not_work_are_not_made(tmp_path: Path) -> None:
-    with pytest.raises(FleetError, match="must not be in /opt or /run"):
+    with pytest.raises(HostError, match="must not be in /opt or /run"):
         Fleet(Path("/opt/fleet")).check()
     port = free_ports(1)
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(FleetError, match="is taken"):
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(HostError, match="is taken"):
         Fleet(tmp_path).up(1, CARDS, port)
     assert Fleet(tmp_path).names == []
 
