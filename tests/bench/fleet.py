@@ -30,11 +30,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
 
 from gpuhost import ROOT, HostError
 from light_fleet import Fleet
 from light_host import IMAGE, Host, read_json
+
+from tests.bench.tables import machine, print_row
 
 HERE = ROOT / ".cache/bench-fleet"
 BIN = ROOT / ".venv/bin"
@@ -316,22 +319,6 @@ class Bench:
             print_row(name, *median.row(count, what))
 
 
-def print_row(*cells: str) -> None:
-    """Print a line of a Markdown table."""
-    print("|", " | ".join(cells), "|", flush=True)
-
-
-def machine() -> str:
-    """Say what this is measured on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    total = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())
-    ansible = subprocess.run([BIN / "ansible", "--version"], capture_output=True, text=True, check=True)
-    return (
-        f"{os.cpu_count()} processors ({model[1] if model else '?'}), {int(total[1]) >> 20 if total else '?'} GiB, "
-        f"{ansible.stdout.splitlines()[0]}, Python {sys.version.split()[0]}, image {IMAGE}"
-    )
-
-
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(
@@ -358,7 +345,7 @@ def main() -> None:
     fleet = Fleet(HERE / "fleet")
     bench = Bench(fleet)
     try:
-        print(f"{machine()}\n", flush=True)
+        print(f"{machine()}, image {IMAGE}\n", flush=True)
         bench.sizes([int(size) for size in options.sizes.split()])
         if options.middle:
             print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")

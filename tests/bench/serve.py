@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.bench.tables import machine, print_row
 from tests.gpu_host import DIRECTORY, ROOT, GpuHost, started
 
 BIN = Path(sys.executable).parent
@@ -66,10 +66,9 @@ def seconds(words: Sequence[str | Path], host: GpuHost | None = None, cwd: Path 
 def row(what: str, ours: Sequence[float], against: str, theirs: Sequence[float], goal: str) -> None:
     """Print a line of the table: medians, and the median of the rounds' ratios."""
     ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
-    cells = (
+    print_row(
         what, f"{statistics.median(ours):.2f} s", against, f"{statistics.median(theirs):.2f} s", f"{ratio:.2f}", goal
     )  # fmt: skip
-    print("|", " | ".join(cells), "|", flush=True)
 
 
 def nothing_to_change(ours: GpuHost, plain: GpuHost, rounds: int) -> None:
@@ -172,13 +171,6 @@ def demo(rounds: int) -> None:
     row("make demo, again", again, "its downloads from PyPI", downloads, "< 30 s")
 
 
-def machine() -> str:
-    """Say what this is measured on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    ansible = subprocess.run([BIN / "ansible", "--version"], capture_output=True, text=True, check=True)
-    return f"{os.cpu_count()} processors ({model[1] if model else '?'}), {ansible.stdout.splitlines()[0]}"
-
-
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(
@@ -188,10 +180,8 @@ def main() -> None:
     parser.add_argument("--no-demo", action="store_true", help="leave out make demo, which takes minutes")
     options = parser.parse_args()
     print(f"{machine()}; medians of {options.rounds} rounds\n")
-    print(
-        "| what | takes | against | takes | ratio | to reach |\n| --- | --: | --- | --: | --: | --- |",
-        flush=True,
-    )
+    print_row("what", "takes", "against", "takes", "ratio", "to reach")
+    print_row("---", "--:", "---", "--:", "--:", "---")
     with started("bench") as ours, started("bench-plain") as plain:
         ours.serve(gpu_device_id=0)
         seconds(["ansible-playbook", "tests/bench/plain.yml"], plain)
