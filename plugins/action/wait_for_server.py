@@ -108,7 +108,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 return {**unproven, "failed": True, "msg": f"{host}: {reason}{tail}"}
             now = state["doubts"][0]
             if now != said or elapsed - said_at > _REMINDER:
-                last = f" | {state['log'][-1].strip()}" if state["log"] else ""
-                display.display(f"{host}: {elapsed:.0f} s, waiting: {now}{last}"[:160])
+                # While it loads, its own words say more than that it doesn't answer yet.
+                words = state["log"][-1].strip() if state["log"] and not state["api"]["healthy"] else now
+                line = f"{host}: waiting: {elapsed:.0f} of up to {timeout} s: {words}"
+                # 79 is what Ansible takes for the width where there is no terminal.
+                width = display.columns if display.columns > 79 else 160
+                display.display(line if len(line) <= width else f"{line[: width - 1]}…")
                 said, said_at = now, elapsed
             time.sleep(interval)

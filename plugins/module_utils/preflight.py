@@ -108,7 +108,7 @@ def check_memory(asked: Asked) -> Optional[str]:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        return "--gpu-memory-utilization must be a number above 0 and up to 1, such as 0.90."
+        return "vllm_gpu_memory_utilization (--gpu-memory-utilization) must be a number above 0 and up to 1, such as 0.90."
     own = sum(one["memory_mib"] or 0 for one in referee["processes"] if one["gpu_uuid"] == gpu["uuid"])
     needed = int(share * gpu["memory_total_mib"])
     free = gpu["memory_total_mib"] - gpu["memory_used_mib"] + own

@@ -239,13 +239,14 @@ def _memory_file(content: bytes) -> int:
 
 
 def resolve_service(
-    files: Sequence[FileChange], project_dir: str, project: str
+    files: Sequence[FileChange], project_dir: str, project: str, config_hash: Optional[str]
 ) -> Tuple[Dict[str, Any], str]:
     """Return the service as Compose itself resolves it, and its config hash.
 
     The files need not be on the host yet: Compose reads them from memory. The
     hash is the one that Compose puts on the container as a label, so "would
-    `up` recreate it?" is answered by Compose and not by a copy of its rules.
+    `up` recreate it?" is answered by Compose and not by a copy of its rules;
+    it is asked for only where `config_hash` doesn't tell it already.
     Keys that the host's environment exports are left out: `.env` decides.
     """
     by_name = {os.path.basename(change.path): change.after for change in files}
@@ -257,18 +258,17 @@ def resolve_service(
         base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
         base += ["--file", paths[0], "--env-file", paths[1], "config"]
         config = shell.run([*base, "--format", "json"], env=env)
-        hashed = shell.run([*base, "--hash", SERVICE], env=env)
+        asked = shell.run([*base, "--hash", SERVICE], env=env) if config_hash is None else None
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    if config.code != 0 or hashed.code != 0:
-        failed = config if config.code != 0 else hashed
-        raise Problem(
-            explain_compose(
-                failed.err.replace(paths[0], COMPOSE_FILE), paths[1], by_name[ENV_FILE], project_dir
-            )
-        )
-    return dict(json.loads(config.out)["services"][SERVICE]), hashed.out.split()[-1]
+    for output in filter(None, (config, asked)):
+        if output.code != 0:
+            said = output.err.replace(paths[0], COMPOSE_FILE)
+            raise Problem(explain_compose(said, paths[1], by_name[ENV_FILE], project_dir))
+    if asked:
+        config_hash = asked.out.split()[-1]
+    return dict(json.loads(config.out)["services"][SERVICE]), str(config_hash)
 
 
 def explain_compose(said: str, env_path: str, env: bytes, project_dir: str) -> str:
@@ -403,7 +403,7 @@ def probe_api(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
             raise Problem("/health answers {0}".format(code))
         result["healthy"] = True
         if not placed:
-            return dict(result, error="it was not asked for its models, before its GPU is known")
+            return dict(result, error="it answers, and is asked for its models once it is on its GPU")
         code, body = _get(url + "/v1/models", key)
         if code != 200:
             raise Problem("/v1/models answers {0}{1}".format(code, " to the API key in .env" if key else ""))
@@ -465,15 +465,18 @@ def check_owner(container: Mapping[str, Any], project: str, project_dir: str) ->
 
 
 def read_service(
-    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any]
+    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], known_hash: Optional[str]
 ) -> Tuple[Dict[str, Any], str]:
     """Compare the container with the wanted service; return that, and its config hash."""
     project = str(wanted["env"]["COMPOSE_PROJECT_NAME"])
-    service, config_hash = resolve_service(files, wanted["project_dir"], project)
+    container = state["container"] = inspect_container()
+    # A newer Compose may hash otherwise: only one that asks for no change is taken as known.
+    if container is None or container["config_hash"] != known_hash:
+        known_hash = None
+    service, config_hash = resolve_service(files, wanted["project_dir"], project, known_hash)
     state["image"] = service["image"]
     wanted_image = image_id(service["image"])
     state["image_present"] = wanted_image is not None
-    container = state["container"] = inspect_container()
     if container:
         check_owner(container, project, wanted["project_dir"])
     if container:
@@ -546,7 +549,11 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
         state["files_differ"] = any(change.differs for change in files)
         state["changes"] = describe_changes([change for change in files if change.differs], wanted)
-        service, config_hash = read_service(files, wanted, state)
+        contents = {os.path.basename(one.path): one.after for one in files[:2]}
+        same = last if last and contents.items() <= last.files.items() else None
+        # Of the very files that were proven, Compose told the hash then.
+        known_hash = same.record.get("config_hash") if same else None
+        service, config_hash = read_service(files, wanted, state, known_hash)
     except Problem as problem:
         problems.append(str(problem))
         return state
@@ -561,9 +568,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         state["proof"] = proof(state, config_hash)
         state["recorded"] = (
             not state["files_differ"]
-            and last is not None
-            and all(last.record.get(key) == value for key, value in state["proof"].items())
-            and all(last.files.get(os.path.basename(one.path)) == one.before for one in files[:2])
+            and same is not None
+            and all(same.record.get(key) == value for key, value in state["proof"].items())
         )
     return state
 

@@ -91,8 +91,13 @@ def image_digests(image: str) -> List[str]:
 
 def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[str, Any]:
     """Keep the files as they are, with the record."""
-    files = {os.path.basename(one.path): one.after for one in server.installed_files(directory)}
+    installed = server.installed_files(directory)
+    files = {os.path.basename(one.path): one.after for one in installed}
     made = dict(proof, image_digests=image_digests(proof["image_id"]))
+    # Later looks rely on its being that of these very files, also where somebody
+    # has edited one since the proof.
+    project = dotenv.values(files[server.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
+    made["config_hash"] = server.resolve_service(installed, directory, project, None)[1]
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
