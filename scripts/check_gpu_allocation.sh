@@ -20,6 +20,7 @@ judged=0 json=0 quiet=0 deep=0 drift=1 limit=10 expect='' container='' project='
 verdict=unknown code=3 cause='' message='' cure=''
 gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=()
 app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=()
+up='cd /opt/vllm-gpu && docker compose -f docker-compose.serving.yml up -d' # where the server's files are
 id='' status='' exit_code='' started='' image='' directory='' asked=() asked_count=0 pids=()
 expected_id='' place=''            # what is expected, and the UUID that this means
 declare -A slot_of=() comm_of=()   # GPU or MIG UUID: its card's place in gpu_…; own PID: its name
@@ -264,7 +265,7 @@ no_such_container() { # SENTENCE; adds which containers there are
   call docker ps -a --filter label=com.docker.compose.service --format '{{.Names}}'
   split "$out"
   problem no_such_container "$1${lines[0]+"; of Compose there are: ${lines[*]:0:8}"}." \
-    "Start it with 'docker compose up -d', or name another one with --container or --project."
+    "Start it with '$up', or name another one with --container or --project."
 }
 
 find_in_project() { # sets $container to the one of --project
@@ -308,7 +309,7 @@ device {{json .}}{{end}}{{end}}' "$container"
       exit:*) [[ $status == @(exited|dead|restarting) ]] && exit_code=$value ;;
       started:*) [[ $value == 0001-* ]] || started=$value ;; # 0001: never
       image:*) image=$value ;;
-      directory:*) [[ $value =~ ^\"(/[^\"\\]*)\"$ ]] && directory=${BASH_REMATCH[1]} ;;
+      directory:*) [[ $value =~ ^\"(/[^\"\\]*)\"$ ]] && directory=${BASH_REMATCH[1]} up="cd $directory &&${up#*&&}" ;;
       driver:*) driver=$value ;;
       count: | count:nvidia) [[ $value =~ ^(-1|[1-9][0-9]*)$ ]] && asked_count=$value ;;
       device: | device:nvidia) add_request "$value" ;;
@@ -334,7 +335,7 @@ add_request() { # an id, as JSON; NVIDIA's runtime also takes several ids with c
 }
 
 not_running() {
-  local next="'docker logs --tail 50 $container' says why; 'docker compose up -d' starts it."
+  local next="'docker logs --tail 50 $container' says why; '$up' starts it."
   case $status in
     created) next="It was never started, mostly as the engine refused the GPU: 'docker start $container' says why." ;;
     restarting) next="It fails again and again: 'docker logs --tail 50 $container' says why." ;;
@@ -452,11 +453,11 @@ judge_processes() {
     ((right)) && cause=additional_gpu message="$container runs on $want, but holds $wrong as well."
     if was_asked_for_it; then
       cure="It was asked for the right GPU only, so the runtime didn't obey. Try "
-      cure+="'docker compose up -d --force-recreate'; then see that it is not privileged and that NVIDIA's"
+      cure+="'$up --force-recreate'; then see that it is not privileged and that NVIDIA's"
       cure+=' container toolkit is set up.'
     else
       cure="Run 'ansible-playbook serve.yml -e gpu_device_id=$expected_id', or set GPU_DEVICE_ID=$expected_id in .env"
-      cure+=" and run 'docker compose up -d' ('restart' is not enough)."
+      cure+=" and run '$up' ('restart' is not enough)."
     fi
   elif ((right)); then
     ((deep)) && lost_its_view && return
@@ -480,7 +481,7 @@ lost_its_view() {
   call docker exec "$id" nvidia-smi -L
   [[ $out$err == *'NVML: Unknown Error'* ]] || return 1
   problem gpu_view_lost "$container lost its view of the GPU while it was running (NVML: Unknown Error)." \
-    "Recreate it: 'docker compose up -d --force-recreate'."
+    "Recreate it: '$up --force-recreate'."
 }
 
 nothing_there_yet() {
@@ -652,7 +653,8 @@ main() {
   else
     kill "${apps#* }" 2>/dev/null # it would fail in the same way
   fi
-  [[ ! ${engine[0]} ]] || problem "${engine[@]}"
+  # Where the cards can't be read, that there is no container is no news.
+  [[ ! ${engine[0]} || (${engine[0]} == no_such_container && $cause) ]] || problem "${engine[@]}"
   judge
   if ((json)); then print_json; elif ((!quiet)); then print_report; fi
   judged=1

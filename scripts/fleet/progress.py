@@ -17,11 +17,12 @@ from typing import Any
 Event = Mapping[str, Any]
 # The hosts of playbooks/rollout.yml's waves.
 CHANGING = "vllm_gpu:&vllm_gpu_to_change"
-# The outcomes of a host in the report, and for a person.
-WORDS = {
-    "changed": "changed", "already_right": "already right", "rolled_back": "failed, and put back",
-    "failed": "failed", "unreachable": "unreachable", "refused": "refused, left as it is", "untouched": "not touched",
+# The outcomes of a host in the report, and for a person; what needs a person comes first.
+OUTCOMES = {
+    "failed": "failed", "unreachable": "unreachable", "rolled_back": "rolled back", "refused": "refused",
+    "changed": "changed", "already_right": "already right", "untouched": "untouched",
 }  # fmt: skip
+WAY = "Mend the way to this host (ssh, become, python3), and run it again."
 # The task files of the role, by the phase of the lifecycle that they are. Those
 # that are missing here, as the lock's, belong to whatever phase goes on.
 PHASES = {
@@ -32,6 +33,11 @@ PHASES = {
     "verify": "verify",
     "restore": "rollback", "restart_proven": "rollback", "start_proven": "rollback", "remove_container": "rollback",
 }  # fmt: skip
+
+
+def n_hosts(count: int) -> str:
+    """Say how many hosts."""
+    return f"{count} host{'' if count == 1 else 's'}"
 
 
 def waves_of(count: int, sizes: Iterable[object]) -> int:
@@ -78,6 +84,7 @@ class Host:
     down_since: datetime | None = None
     down_for: float | None = None
     phases: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
     right: bool = False
     touched: bool = False
     proven: bool = False
@@ -231,6 +238,10 @@ class Rollout:
         if host.wave is None:
             host.before = card_in_use(look)
             host.right = bool(look["recorded"])
+            # The card is told as `before → after`, and new files say nothing more.
+            host.changes = [
+                one for one in look["changes"] if not (one.startswith("GPU ") or one.endswith(" is new"))
+            ]
             host.wanted = look["gpu"]
         host.after = card_in_use(look)
         host.proven = bool(look["proven"])
@@ -240,14 +251,17 @@ class Rollout:
             host.down_for = (at - host.down_since).total_seconds()
 
     def _plan(self, stats: Event) -> None:
-        self.to_change = list(stats["vllm_gpu_to_change"])
-        self.expected_waves = waves_of(len(self.to_change), stats["vllm_gpu_waves"])
+        plan = stats["vllm_gpu_rollout"]
+        self.to_change = list(plan["to_change"])
+        self.expected_waves = waves_of(len(self.to_change), plan["waves"])
         self.notify("plan")
 
     def _runner_on_failed(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
             result = data.get("res") or {}
             host.error = str(result.get("msg") or result.get("stderr") or "It failed without a word.")
+            if result.get("module_stderr"):  # no module ran: sudo is missing, or Python
+                host.error += f"\n{str(result['module_stderr']).strip()}\n{WAY}"
             host.touched = host.touched or bool(
                 host.wave and data["task_action"].endswith(".docker_compose_v2")
             )
@@ -255,10 +269,7 @@ class Rollout:
     def _runner_on_unreachable(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
             host.lost = True
-            host.error = (
-                f"{(data.get('res') or {}).get('msg', 'It could not be reached.')}\nMend the way to this host "
-                "(ssh, become), and run again with --resume."
-            )
+            host.error = f"{(data.get('res') or {}).get('msg', 'It could not be reached.')}\n{WAY}"
 
     def _playbook_on_stats(self, data: Event, _host: Host | None, at: datetime) -> None:
         for host in self.hosts.values():
@@ -272,7 +283,7 @@ class Rollout:
     def totals(self) -> dict[str, int]:
         """How many hosts there are of each outcome."""
         counted = Counter(host.outcome for host in self.hosts.values())
-        return {outcome: counted[outcome] for outcome in WORDS}
+        return {outcome: counted[outcome] for outcome in OUTCOMES}
 
     def outcome(self, *, running: bool = False, stopped: bool = False) -> str:
         """What became of the whole roll-out, in the report's words."""
@@ -306,18 +317,23 @@ class Rollout:
         lost = [
             h for h in self.hosts.values() if h.outcome in ("failed", "rolled_back", "refused", "unreachable")
         ]
-        who = ", ".join(f"{host.name} ({WORDS[host.outcome]})" for host in lost[:3])
+        who = ", ".join(f"{host.name} ({OUTCOMES[host.outcome]})" for host in lost[:3])
         who += f" and {len(lost) - 3} others" if len(lost) > 3 else ""
         untouched = totals["untouched"]
-        left = f"{untouched or 'None'} of {len(self.hosts)} hosts {'is' if untouched == 1 else 'are'} left untouched."
+        left = f"{untouched or 'None'} of {n_hosts(len(self.hosts))} {'is' if untouched == 1 else 'are'} left untouched."
         if outcome == "done":
-            return f"All {right} hosts are proven: {totals['changed']} changed, {totals['already_right']} were right already."
+            what = "The host is" if right == 1 else f"All {right} hosts are"
+            return (
+                f"{what} proven: {totals['changed']} changed, {totals['already_right']} were right already."
+            )
         if outcome == "refused":
-            return f"Nothing was touched, as {len(lost)} of {len(self.hosts)} hosts can't be served: {who}."
+            return (
+                f"Nothing was touched, as {len(lost)} of {n_hosts(len(self.hosts))} can't be served: {who}."
+            )
         if outcome == "running":
-            return f"{right} of {len(self.hosts)} hosts are proven so far."
+            return f"{right} of {n_hosts(len(self.hosts))} {'is' if right == 1 else 'are'} proven so far."
         if outcome == "stopped":
-            return f"Stopped as asked: {right} hosts are proven. {left}"
+            return f"Stopped as asked: {n_hosts(right)} {'is' if right == 1 else 'are'} proven. {left}"
         if not lost:
             return f"It ended before all hosts had their turn. {left}"
         wave = max((host.wave or 0) for host in lost)

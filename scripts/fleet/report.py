@@ -22,17 +22,9 @@ from xml.etree import ElementTree as ET
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fleet.progress import OUTCOMES
+
 HERE = Path(__file__).parent
-# In the order of the page: what needs a person comes first.
-OUTCOMES = {
-    "failed": "failed",
-    "unreachable": "unreachable",
-    "rolled_back": "rolled back",
-    "refused": "refused",
-    "changed": "changed",
-    "already_right": "already right",
-    "untouched": "untouched",
-}
 PASSES = {"changed", "already_right"}
 PHASES = ("preflight", "pull", "configure", "deploy", "verify", "rollback")
 

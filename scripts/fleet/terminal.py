@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 
-from fleet.progress import WORDS, Host, Rollout, short
+from fleet.progress import OUTCOMES, Host, Rollout, n_hosts, short
 
 SIGNS = {
     "changed": ("green", "✔"), "already_right": ("green", "✔"), "rolled_back": ("yellow", "↩"),
@@ -45,7 +45,11 @@ class Lines:
     def on_plan(self) -> None:
         rollout, changing = self.rollout, len(self.rollout.to_change)
         right = sum(host.right for host in rollout.hosts.values())
-        self.say(f"{changing} hosts change in {rollout.expected_waves} waves, {right} are right already.")
+        verb, waves = "changes" if changing == 1 else "change", rollout.expected_waves
+        self.say(
+            f"{n_hosts(changing)} {verb} in {waves} wave{'' if waves == 1 else 's'}, "
+            f"{right} {'is' if right == 1 else 'are'} right already."
+        )
 
     def on_wave(self, number: int, of: int) -> None:
         self.say(f"Wave {number} of {of}{' (the canary)' if number == 1 else ''}", "bold")
@@ -61,28 +65,29 @@ class Lines:
         down = "" if host.down_for is None else f", down for at most {host.down_for:.0f} s"
         cards = f"{short(host.before)} → {short(host.after)}"
         self.say(
-            f"  {sign} {host.name}: {cards}, {WORDS[outcome]} after {seconds:.0f} s{down}", SIGNS[outcome][0]
+            f"  {sign} {host.name}: {cards}, {OUTCOMES[outcome]} after {seconds:.0f} s{down}",
+            SIGNS[outcome][0],
         )
 
     def check(self, change: list[Host], right: int, refused: list[Host]) -> None:
         """Say what a roll-out would do."""
         for host in change:
-            self.say(f"  {host.name}: {short(host.before)} → {short(host.wanted)}")
+            self.say(
+                "; ".join([f"  {host.name}: {short(host.before)} → {short(host.wanted)}", *host.changes])
+            )
         for host in refused:
             self.say(f"  {host.name}: would be refused", "yellow")
             self.say("\n".join(f"      {line}" for line in (host.error or "").splitlines()))
         names = ": " + ", ".join(host.name for host in refused) if refused else ""
-        self.say(
-            f"{len(change)} hosts change, {right} already right, {len(refused)} would be refused{names}",
-            "bold",
-        )
+        changing = f"{n_hosts(len(change))} {'changes' if len(change) == 1 else 'change'}"
+        self.say(f"{changing}, {right} already right, {len(refused)} would be refused{names}", "bold")
 
     def end(self, report: dict[str, Any]) -> None:
         """Say what became of it: each host that is not right, then the whole."""
         for host in report["hosts"]:
             if host["error"]:
                 colour, sign = SIGNS[host["outcome"]]
-                self.say(f"\n{sign} {host['name']}: {WORDS[host['outcome']]}", f"bold {colour}")
+                self.say(f"\n{sign} {host['name']}: {OUTCOMES[host['outcome']]}", f"bold {colour}")
                 self.say("\n".join(f"    {line}" for line in host["error"].splitlines()))
         self.say(f"\n{report['message']}", "bold green" if report["outcome"] == "done" else "bold red")
 
@@ -157,7 +162,7 @@ class Terminal(Lines):
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             ProgressBar(total=len(rollout.to_change), completed=done, width=30),
-            f"{done} of {len(rollout.to_change)} hosts, {time.monotonic() - self.begun:.0f} s",
+            f"{done} of {n_hosts(len(rollout.to_change))}, {time.monotonic() - self.begun:.0f} s",
         )
         view.add_row(bar)
         return view
