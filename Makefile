@@ -43,23 +43,23 @@ venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
 .venv/.runtime: requirements/runtime.txt requirements/collections.txt
 	@$(call step,Virtual environment .venv with ansible-core, \
 	  rm -rf .venv; $(PYTHON) -m venv .venv; \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt)
+	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/runtime.txt)
 	@$(call step,Collection community.docker, \
-	  mkdir -p .cache; $(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  mkdir -p .cache; $(BIN)/pip download -qq --disable-pip-version-check --no-deps --require-hashes \
 	    --dest .cache/wheels -r requirements/collections.txt; \
 	  $(BIN)/python requirements/unpack_collections.py .cache/wheels $(COLLECTIONS))
 	@touch $@
 
 .venv/.dev: .venv/.runtime requirements/dev.txt
 	@$(call step,Tools of the checks, \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt)
+	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/dev.txt)
 	@touch $@
 
 # The oldest Compose that the requirement names; it reads, it doesn't run.
 .cache/compose-oldest/.done: requirements/compose-oldest.txt
 	@$(call step,Compose 1.28 (the oldest supported one), \
 	  rm -rf $(@D); $(PYTHON) -m venv $(@D); \
-	  $(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<)
+	  $(@D)/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $<)
 	@touch $@
 
 .PHONY: lint
@@ -124,7 +124,7 @@ rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, g
 
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions
-	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/pip install -qq --disable-pip-version-check uv
 	@cd requirements && for name in runtime dev collections compose-oldest acceptance; do \
 	  flags="--universal --python-version 3.11"; \
 	  case $$name in \

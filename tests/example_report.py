@@ -38,7 +38,7 @@ ERRORS = {
     "rolled_back": (
         "The server was not ready after 300 s: the model is still loading.\n"
         "What was proven before serves again on GPU 0.\n"
-        "Cure: look at 'docker logs --tail 50 vllm-server', or give it longer with vllm_gpu_ready_timeout."
+        "Cure: look at 'docker logs --tail 50 vllm-server', or give it longer with vllm_gpu_start_timeout."
     ),
     "failed": (
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.90 GiB.\n"
@@ -66,9 +66,7 @@ def card(index: int, number: int) -> dict[str, Any]:
 def host(number: int, outcome: str, chance: random.Random, *, digits: int) -> dict[str, Any]:
     """A host whose phases start at 0; `waves` moves them to where they belong."""
     served = outcome in {"changed", "already_right", "rolled_back"}
-    before = (
-        None if outcome in {"unreachable", "untouched"} else card(int(outcome == "already_right"), number)
-    )
+    before = None if outcome == "unreachable" else card(int(outcome == "already_right"), number)
     after = card(int(outcome != "rolled_back"), number) if served else None
     phases = [(name, round(chance.uniform(least, most), 1)) for name, least, most in PHASES[outcome]]
     downtime = sum(seconds for name, seconds in phases if name in {"deploy", "verify", "rollback"})
@@ -78,7 +76,7 @@ def host(number: int, outcome: str, chance: random.Random, *, digits: int) -> di
         "outcome": outcome,
         "before": before,
         "after": after,
-        "verdict": "ok" if served else "unknown" if outcome == "failed" else None,
+        "verdict": "ok" if served else {"failed": "unknown", "untouched": "misplaced"}.get(outcome),
         "message": "vllm-server runs on GPU {index} ({name}, {uuid}) and on no other.".format(**after)
         if after
         else "",

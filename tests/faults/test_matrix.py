@@ -257,10 +257,12 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     row.cure(host)
 
     said = re.search(row.says, result.output)
+    words = " ".join(said[0].split()) if said else "NOT REPORTED"
+    if len(words) > 90:  # its end, in whole words
+        words = f"… {words[-89:].partition(' ')[2]}"
     serves = host.served_gpu() if "running" in host.container() else ""
     matrix.append(
-        f"| {row.fault} | {' '.join(said[0].split())[-90:] if said else 'NOT REPORTED'} | "
-        f"{'GPU ' + serves if serves else 'nothing yet'} | {changed or 'none'} |\n"
+        f"| {row.fault} | {words} | {'GPU ' + serves if serves else 'nothing yet'} | {changed or 'none'} |\n"
     )
     assert said, result.output
     assert (result.code == 0) == row.succeeds

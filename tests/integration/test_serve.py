@@ -16,7 +16,7 @@ from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost
 
 def test_check_mode_on_a_host_that_was_never_provisioned(clean_host: GpuHost) -> None:
     result = clean_host.serve("--check", "--diff", gpu_device_id=1)
-    assert "the container would be created" in result.output
+    assert "the container would be created on GPU 1 (NVIDIA GeForce RTX 5060 Ti)" in result.output
     assert f"{DIRECTORY}/.env is new" in result.output
     assert "+GPU_DEVICE_ID=1" in result.output
     assert not clean_host.look.file(DIRECTORY).exists
@@ -35,7 +35,7 @@ def test_check_mode_on_a_provisioned_host(served: GpuHost) -> None:
 def test_check_mode_where_nothing_would_change(served: GpuHost) -> None:
     result = served.serve("--check", "--diff", gpu_device_id=0)
     assert result.changed == 0
-    assert "the container would be left to run" in result.output
+    assert "nothing would change" in result.output
 
 
 def test_a_second_run_changes_nothing(served: GpuHost) -> None:
@@ -224,6 +224,19 @@ def test_other_peoples_containers_of_the_same_project_are_left_alone(served: Gpu
         served.look.check_output("docker rm --force chat-db")
 
 
+@pytest.mark.parametrize("name", ["gpu_id", "GPU_DEVICE_ID", "vllm_gpu_modle"])
+def test_a_variable_of_no_meaning_is_refused(served: GpuHost, name: str) -> None:
+    """What is passed over in silence lets the server go where nobody asked for."""
+    before = (served.container(), served.files())
+    output = served.fail_to_serve("-e", f"{name}=1")
+    assert f"{name} is set, but no variable of this role has that name" in output
+    assert (served.container(), served.files()) == before
+
+
+def test_an_inventory_that_is_not_there_is_no_empty_fleet(served: GpuHost) -> None:
+    assert "nowhere.yml" in served.fail_to_serve("--inventory", "nowhere.yml")
+
+
 def test_a_broken_env_is_refused_without_quoting_it(served: GpuHost) -> None:
     before = served.container()
     served.look.check_output(f'echo "MY_SECRET=\'s3cr3t-never-closed" >> {DIRECTORY}/.env')
@@ -273,6 +286,29 @@ def test_verify_fails_when_the_server_is_gone_or_unlike_its_files(served: GpuHos
     result = served.play("playbooks/verify.yml")
     assert result.code != 0
     assert "The container is exited" in result.output
+
+
+def test_a_server_that_was_moved_by_hand_is_moved_back(served: GpuHost) -> None:
+    """The files are as they were when they were proven; the container is not."""
+    served.look.check_output(
+        f"cd {DIRECTORY} && GPU_DEVICE_ID=1 docker compose -f docker-compose.serving.yml up -d"
+    )
+    result = served.play("playbooks/verify.yml")
+    assert result.code != 0
+    assert "made from other settings" in result.output
+    served.serve(gpu_device_id=0)
+    assert served.served_gpu() == "0"
+
+
+def test_what_another_version_of_compose_hashed_is_no_reason_to_doubt(served: GpuHost) -> None:
+    """As after an upgrade of Compose: the files are those that were proven, their hash then was another."""
+    served.look.check_output(
+        f'cd {DIRECTORY}/.proven/current && sed -i \'s/"config_hash": "[0-9a-f]*/&0/\' record.json'
+    )
+    served.look.check_output("docker rm --force vllm-server")
+    assert served.serve(gpu_device_id=0, vllm_gpu_start_timeout=30).changed
+    assert served.served_gpu() == "0"
+    assert served.serve(gpu_device_id=0).changed == 0
 
 
 def test_teardown_removes_what_was_installed_keeps_the_caches_and_is_idempotent(served: GpuHost) -> None:

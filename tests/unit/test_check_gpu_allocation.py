@@ -505,6 +505,13 @@ def test_causes_on_the_side_of_the_engine(host: Host, cause: str, text: str) -> 
     assert expected["uuid"] == GPU0
 
 
+def test_without_a_card_no_container_is_no_news(host: Host) -> None:
+    host.smi(NO_DRIVER, 9)
+    host.says("docker.inspect", "", "Error: No such container: vllm-server", rc=1)
+    data = host.judge()
+    assert (data["cause"], "container" in data["message"] + data["cure"]) == ("driver_not_loaded", False)
+
+
 @pytest.mark.parametrize(
     ("program", "cause"), [("nvidia-smi", "nvidia_smi_missing"), ("docker", "docker_missing")]
 )
@@ -786,6 +793,27 @@ def test_memory_that_is_not_known(host: Host, word: str) -> None:
     assert data["verdict"] == "ok"
     assert data["gpus"][0]["memory_used_mib"] is None
     assert data["processes"][0]["memory_mib"] is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "domain", "word"),
+    [
+        ("331.62", "0000", "[Not Supported]"),
+        ("410.72", "00000000", "[Not Supported]"),
+        ("595.71.05", "00000000", "[N/A]"),
+    ],
+)
+def test_what_other_drivers_write_otherwise(host: Host, driver: str, domain: str, word: str) -> None:
+    """As told in public bug reports: the domain of a bus id, and a number that a card doesn't tell."""
+    host.says(
+        "nvidia-smi.gpus",
+        f"0, {GPU0}, {domain}:00:06.0, 6144, {word}, {driver}, NVIDIA GeForce RTX 2060\n"
+        f"1, {GPU1}, {domain}:00:07.0, 6144, {word}, {driver}, NVIDIA GeForce RTX 2060\n",
+    )
+    host.apps((GPU1, 16911, word))
+    for bus in ("0000:00:07.0", "00000000:00:07.0"):
+        data = host.judge("--expect", bus)
+        assert (data["verdict"], data["expected"]["index"]) == ("ok", 1)
 
 
 def test_carriage_returns_and_commas(host: Host) -> None:

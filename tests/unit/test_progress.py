@@ -16,7 +16,7 @@ def look(on: int | None, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
     held = [] if on is None else [{"gpu_uuid": f"GPU-{on}"}]
     state = {
         "referee": {"processes": held, "message": "It runs.", "verdict": "ok"}, "gpus": CARDS, "gpu": CARDS[1],
-        "recorded": False, "proven": False, "problems": [],
+        "recorded": False, "proven": False, "problems": [], "changes": ["GPU 0 → 1", "VLLM_API_KEY changes"],
     }  # fmt: skip
     return {**state, **changes}
 
@@ -49,7 +49,7 @@ class Feed:
         self.play()
         for host in "abc":
             self.task(host, "preflight", "server_info", **look(0, recorded=host in right))
-        stats = {"data": {"vllm_gpu_to_change": list(change), "vllm_gpu_waves": [1, "100%"]}}
+        stats = {"data": {"vllm_gpu_rollout": {"to_change": list(change), "waves": [1, "100%"]}}}
         self.put(
             "runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats}
         )
@@ -116,7 +116,7 @@ def test_a_failed_host_is_put_back_or_not(feed: Feed) -> None:
     assert report["outcome"] == "failed"
     assert report["hosts"][0]["error"] == "It died. Do this."
     assert (
-        "Stopped at the canary: a (failed, and put back), b (failed). 1 of 3 hosts is left untouched."
+        "Stopped at the canary: a (rolled back), b (failed). 1 of 3 hosts is left untouched."
         in report["message"]
     )
 
@@ -141,6 +141,14 @@ def test_refused_and_unreachable_before_anything(feed: Feed) -> None:
         "c": "untouched",
     }
     assert feed.rollout.outcome() == "refused"
+
+
+def test_a_host_where_no_module_runs_says_why(feed: Feed) -> None:
+    feed.play()
+    said = {"msg": "No start of json char found", "module_stderr": "/bin/sh: 1: sudo: not found\n"}
+    feed.task("a", "preflight", "server_info", "failed", **said)
+    feed.end(failures={"a": 1})
+    assert "/bin/sh: 1: sudo: not found\nMend the way to this host" in (feed.rollout.hosts["a"].error or "")
 
 
 def test_a_change_that_was_cut_off_is_no_success(feed: Feed) -> None:
@@ -174,7 +182,7 @@ def test_stopped_on_request(feed: Feed) -> None:
 def test_a_server_that_was_not_there_has_no_downtime(feed: Feed) -> None:
     feed.play()
     feed.task("a", "preflight", "server_info", **look(None))
-    stats = {"data": {"vllm_gpu_to_change": ["a"], "vllm_gpu_waves": [1]}}
+    stats = {"data": {"vllm_gpu_rollout": {"to_change": ["a"], "waves": [1]}}}
     feed.put("runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats})
     feed.wave()
     feed.change("a")

@@ -47,6 +47,7 @@ def test_why_ansible_never_began_is_told(tmp_path: Path, words: tuple[str, ...])
         (("-e", "gpu_device_id"), "write KEY=VALUE, @FILE or a JSON object"),
         (("-e", "@nowhere.yml"), "there is no such file"),
         (("--limit", "gpu1"), "Did you mean gpu01?"),
+        (("-i", "/proc/version"), "The inventory can't be read: "),
         (("--resume",), "There is no roll-out in rollouts to go on with"),
     ],
 )

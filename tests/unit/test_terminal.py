@@ -33,3 +33,13 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown()
     assert "a GPU 0 → GPU 1 configure" in text
     assert "0 of 3 hosts" in text
+
+
+def test_a_plan_says_what_changes_besides_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    feed = Feed()
+    feed.plan("a", right="bc")
+    hosts = list(feed.rollout.hosts.values())
+    Pipe(feed.rollout).check(hosts[:1], 2, [])
+    assert capsys.readouterr().out == (
+        "  a: GPU 0 → GPU 1; VLLM_API_KEY changes\n1 host changes, 2 already right, 0 would be refused\n"
+    )
