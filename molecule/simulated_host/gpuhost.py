@@ -48,6 +48,8 @@ LABEL = "simulated-gpu-host"
 # Two clones of the project on one machine don't meet.
 CLONE = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
 DEFAULT_IMAGE = "vllm/vllm-openai:v0.32.0"
+# The user id of `ops`, who may do everything, but through sudo only.
+OPS = 1000
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 
 FAULTS = {
@@ -114,7 +116,7 @@ class Archive:
         self.names: set[str] = set()
 
     def add(self, info: tarfile.TarInfo, data: bytes | None = None) -> None:
-        """Add one member, with the folders above it, owned by root."""
+        """Add one member, with the folders above it; whose home it is in owns it, else root."""
         info.name = info.name.strip("/")
         if info.name in self.names:
             return
@@ -122,7 +124,7 @@ class Archive:
         parent = info.name.rpartition("/")[0]
         if parent:
             self.folder(parent)
-        info.uid = info.gid = 0
+        info.uid = info.gid = OPS if info.name.startswith("home/ops") else 0
         info.uname = info.gname = ""
         self.tar.addfile(info, None if data is None else io.BytesIO(data))
 
@@ -219,13 +221,19 @@ def host_archive() -> bytes:
     shell = "/usr/local/sbin/login-shell"
     archive.text(
         "etc/passwd",
-        f"root:x:0:0:root:/root:{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+        f"root:x:0:0:root:/root:{shell}\nops:x:{OPS}:{OPS}::/home/ops:{shell}\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
     )
-    archive.text("etc/group", "root:x:0:\ntty:x:5:\ndocker:x:990:\nnogroup:x:65534:\n")
-    archive.text("etc/shadow", "root:*:19000:0:99999:7:::\n", 0o600)
+    archive.text("etc/group", f"root:x:0:\ntty:x:5:\ndocker:x:990:\nops:x:{OPS}:\nnogroup:x:65534:\n")
+    archive.text("etc/shadow", "root:*:19000:0:99999:7:::\nops:*:19000:0:99999:7:::\n", 0o600)
+    archive.text("etc/sudoers", "ops ALL=(ALL) NOPASSWD: ALL\n", 0o440)
+    archive.text(
+        "etc/pam.d/sudo",
+        "".join(f"{kind} required pam_permit.so\n" for kind in ("auth", "account", "session")),
+    )
     archive.text("etc/shells", f"/bin/sh\n/bin/bash\n{shell}\n")
-    archive.folder("root/.ssh", 0o700)
-    archive.text("root/.ssh/authorized_keys", CLIENT_KEY.with_suffix(".pub").read_bytes(), 0o600)
+    for home in ("root", "home/ops"):
+        archive.folder(f"{home}/.ssh", 0o700)
+        archive.text(f"{home}/.ssh/authorized_keys", CLIENT_KEY.with_suffix(".pub").read_bytes(), 0o600)
     # dropbear's own PATH knows no /usr/local, OpenSSH's on a real host does.
     archive.text(
         shell,

@@ -274,6 +274,8 @@ def parse(argv: list[str]) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     """Answer one call."""
     options = parse(argv)
+    if {"--list-gpus", "--id"} <= options.keys():
+        fail(255, "ERROR: Option -i is not valid for this command. Please run 'nvidia-smi -h' for help.\n")
     attached = look_at_driver()
     cards = select(attached, options.get("--id"))
     queries = [name for name in ("--query-gpu", "--query-compute-apps") if name in options]

@@ -145,6 +145,34 @@ def check_training(asked: Asked) -> Optional[str]:
     return None
 
 
+def check_mig(asked: Asked) -> Optional[str]:
+    """The card isn't divided: a container on the whole of it would use one instance, whichever comes first."""
+    gpu = asked.state["gpu"]
+    if not gpu or gpu["uuid"].startswith("MIG-"):
+        return None
+    query = [
+        "nvidia-smi",
+        "--id={0}".format(gpu["uuid"]),
+        "--query-gpu=mig.mode.current",
+        "--format=csv,noheader",
+    ]
+    if shell.run(query).out.strip() != "Enabled":  # also where a driver is too old for the question
+        return None
+    listed = shell.run(["nvidia-smi", "--list-gpus"]).out.partition(gpu["uuid"])[2].partition("\nGPU ")[0]
+    instances = re.findall(r"MIG (\S+) .*UUID: (MIG-[^)]+)", listed)
+    return "GPU {0} ({1}, {2}) is divided (MIG), and vLLM would not get the whole of it. {3}".format(
+        gpu["index"],
+        gpu["name"],
+        gpu["uuid"],
+        "Name an instance of it as gpu_device_id: {0}.".format(
+            " or ".join("{1} ({0})".format(*one) for one in instances)
+        )
+        if instances
+        else "It has no instance yet: make one with `nvidia-smi mig -i {0} -cgi PROFILE -C`, or switch MIG off "
+        "with `nvidia-smi -i {0} -mig 0`.".format(gpu["index"]),
+    )
+
+
 def check_drift(asked: Asked) -> Optional[str]:
     """The index that was proven means the same physical card as then."""
     gpu, last = asked.state["gpu"], asked.state["last_proven"]
@@ -324,6 +352,7 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_project,
     check_drift,
     check_training,
+    check_mig,
     check_memory,
     check_port,
     check_exposure,

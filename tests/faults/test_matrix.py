@@ -73,13 +73,25 @@ def no_tenant(host: GpuHost) -> None:
     gpuhost("tenant", host.name, "--stop")
 
 
-def swap_cards(host: GpuHost) -> None:
-    cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
-    first, second = cards["cards"]
+def other_cards(change: Callable[[dict[str, object], dict[str, object]], None]) -> Step:
+    """The host's two cards as `change` makes them."""
+
+    def step(host: GpuHost) -> None:
+        cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
+        change(*cards["cards"])
+        path = ROOT / ".cache/other-cards.json"
+        path.write_text(json.dumps(cards), encoding="utf-8")
+        gpuhost("cards", host.name, str(path))
+
+    return step
+
+
+def swap(first: dict[str, object], second: dict[str, object]) -> None:
     first["pci.bus_id"], second["pci.bus_id"] = second["pci.bus_id"], first["pci.bus_id"]
-    path = ROOT / ".cache/swapped.json"
-    path.write_text(json.dumps(cards), encoding="utf-8")
-    gpuhost("cards", host.name, str(path))
+
+
+def divide(_first: dict[str, object], second: dict[str, object]) -> None:
+    second["mig.mode.current"] = "Enabled"
 
 
 def engine_and_speed_back(host: GpuHost) -> None:
@@ -218,7 +230,8 @@ ROWS = [
     Row("play killed while it recreates", "Recreate the server", fault("start_delay=6"), run=while_it_runs("Wait until the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
     Row("play killed while it waits", "waiting: ", fault("start_delay=6"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
     Row("two plays at once", "is changing this server right now", fault("start_delay=15"), run=two_plays, cure=fault("--clear"), serves="1", changed=".env"),
-    Row("card swapped", "is another card than it was", swap_cards, variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
+    Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
+    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide), cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),

@@ -34,6 +34,7 @@ def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: P
         assert (cards[number]["uuid"] in processes, cards[other]["uuid"] in processes) == (True, False)
         assert f'"DeviceIDs":["{number}"]' in text
         assert "VLLM::EngineCor" in text
+        assert "$ nvidia-ctk --version (not installed)" in " ".join(text.split())
         assert '200 {"version":"' in text
         assert '"object":"text_completion"' in text
         assert "and on no other" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,6 +42,31 @@ def test_check_mode_where_nothing_would_change(served: GpuHost) -> None:
 def test_a_second_run_changes_nothing(served: GpuHost) -> None:
     before = (served.container(), served.files())
     assert served.serve(gpu_device_id=0).changed == 0
+    assert (served.container(), served.files()) == before
+
+
+def test_a_user_who_has_sudo_serves_as_root_does(clean_host: GpuHost) -> None:
+    assert clean_host.serve(ansible_user="ops", gpu_device_id=1).changed > 0
+    assert clean_host.served_gpu() == "1"
+    for file in clean_host.look.file(DIRECTORY).listdir():
+        assert clean_host.look.file(f"{DIRECTORY}/{file}").user == "root"
+    assert clean_host.serve(ansible_user="ops", gpu_device_id=1).changed == 0
+    # Whoever comes next: the files are the same ones.
+    assert clean_host.serve(gpu_device_id=1).changed == 0
+    for playbook in ("verify", "status", "preflight", "teardown"):
+        result = clean_host.play(f"playbooks/{playbook}.yml", ansible_user="ops")
+        assert result.code == 0, result.output
+    assert clean_host.container() == ""
+
+
+def test_a_user_who_may_not_is_told_so(served: GpuHost) -> None:
+    before = (served.container(), served.files())
+    served.look.check_output("mv /etc/sudoers /etc/sudoers.not")
+    try:
+        output = served.fail_to_serve(ansible_user="ops", gpu_device_id=1)
+    finally:
+        served.look.check_output("mv /etc/sudoers.not /etc/sudoers")
+    assert "sudo" in output
     assert (served.container(), served.files()) == before
 
 
@@ -372,3 +398,26 @@ def exporting(directory: Path, key: str, value: str) -> Path:
         encoding="utf-8",
     )
     return playbook
+
+
+def test_status_tells_each_state_in_a_terminal_of_80_columns(served: GpuHost, tmp_path: Path) -> None:
+    lost = tmp_path / "hosts.yml"
+    lost.write_text("vllm_gpu:\n  hosts:\n    a-lost-host: {ansible_host: 127.0.0.1, ansible_port: 1}\n")
+
+    def status() -> str:
+        result = served.play("playbooks/status.yml", "-i", str(served.inventory), "-i", str(lost))
+        assert result.code == 0, result.output
+        assert result.changed == 0
+        return result.output[result.output.index("HOST ") :].split("PLAY RECAP")[0]
+
+    table = status()
+    assert re.search(rf"^ *{served.name} +0 GeForce RTX 5090 +proven +Qwen/Qwen3-0.6B$", table, re.MULTILINE)
+    assert re.search(r"^ *a-lost-host +- +unreachable +see the error above$", table, re.MULTILINE)
+    assert "1 of 2 hosts has a proven server." in table
+    served.look.check_output("docker stop vllm-server")
+    table = status()
+    assert re.search(rf"^ *{served.name} +0 GeForce RTX 5090 +NOT PROVEN$", table, re.MULTILINE)
+    assert "docker compose -f" in " ".join(table.split())  # what to type
+    assert max(map(len, table.splitlines())) <= 80
+    served.look.check_output("docker rm vllm-server")
+    assert re.search(rf"^ *{served.name} +- +no server$", status(), re.MULTILINE)

@@ -213,6 +213,38 @@ def test_a_training_card(one: str) -> None:
     assert preflight.check_training(asked(training=["0"])) is None
 
 
+OTHER = "  MIG 2g.35gb     Device  0: (UUID: MIG-57de94a5-be68-5b74-98a6-e7d1e21c58a7)\n"
+LISTED = f"GPU 0: Card (UUID: GPU-0)\n{OTHER}GPU 1: Card (UUID: GPU-1)\n"
+INSTANCE = "  MIG 1g.18gb     Device  0: (UUID: MIG-41b3359c-e721-56e5-8009-12e5797ed514)\n"
+
+
+@pytest.mark.parametrize(
+    ("uuid", "mode", "listed", "says"),
+    [
+        (
+            "GPU-1",
+            "Enabled\n",
+            LISTED + INSTANCE,
+            "gpu_device_id: MIG-41b3359c-e721-56e5-8009-12e5797ed514 (1g.18gb).",
+        ),
+        ("GPU-1", "Enabled\n", LISTED, "It has no instance yet"),
+        ("MIG-41b3359c-e721-56e5-8009-12e5797ed514", "Enabled\n", LISTED + INSTANCE, None),
+        ("GPU-1", "Disabled\n", LISTED, None),
+        ("GPU-1", "[N/A]\n", LISTED, None),
+        ("GPU-1", 'Field "mig.mode.current" is not a valid field to query.\n', LISTED, None),
+    ],
+)
+def test_a_divided_card_is_asked_for_by_its_instance(
+    monkeypatch: pytest.MonkeyPatch, uuid: str, mode: str, listed: str, says: str | None
+) -> None:
+    def run(argv: list[str]) -> shell.Output:
+        return shell.Output(0, listed if "--list-gpus" in argv else mode, "")
+
+    monkeypatch.setattr(shell, "run", run)
+    problem = preflight.check_mig(asked(gpu={"uuid": uuid}))
+    assert problem == says or (says and problem and says in problem)
+
+
 def drifted(**changes: Any) -> str | None:  # noqa: ANN401
     last = {"requested": "1", "proven_at": "then", "gpu": {"index": 1, "uuid": "GPU-9", "name": "Old"}}
     state = {

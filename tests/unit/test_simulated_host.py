@@ -167,6 +167,12 @@ def test_nvidia_smi_says_what_the_real_one_said(machine: Machine, call: tuple[li
     assert ended == status
 
 
+def test_a_list_of_one_card_is_refused_as_by_the_real_one(machine: Machine) -> None:
+    said, ended = machine.nvidia_smi("-L", "-i", "1")
+    assert said.startswith("ERROR: Option -i is not valid for this command.")
+    assert ended != 0
+
+
 def test_memory_is_free_again_when_its_process_is_gone(machine: Machine) -> None:
     query = ("--query-gpu=memory.used", "--format=csv,noheader,nounits")
     process = machine.hold(1000, 0)
