@@ -612,7 +612,7 @@ def doubts(state: Mapping[str, Any]) -> List[str]:
     if container is None:
         return ["There is no container named {0}.".format(CONTAINER)]
     if container["status"] != "running":
-        return ["The container is {0}.".format(container["status"])]
+        return ["The container is {0}, not running.".format(container["status"])]
     reasons = []
     if len(container["requested"]) != 1 or state["gpu"] is None:
         reasons.append("The container was not asked for one certain GPU.")
