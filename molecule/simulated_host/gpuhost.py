@@ -382,7 +382,7 @@ def withheld_capability() -> list[str]:
     From Engine 23 on, ALL is what there is to give, and what there isn't can't be dropped.
     """
     major = int(docker("version", "--format", "{{.Server.Version}}").split(".")[0])
-    return ["--cap-drop", "SYS_RESOURCE"] if major < 23 else []  # noqa: PLR2004 - see above
+    return ["--cap-drop", "SYS_RESOURCE"] if major < 23 else []
 
 
 # --- hosts --------------------------------------------------------------------
