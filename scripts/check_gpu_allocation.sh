@@ -439,7 +439,7 @@ judge_processes() {
       right=1
     elif [[ $uuid == "${gpu_uuid[${slot_of[$place]}]}" ]]; then
       problem mig_instance_unclear "nvidia-smi doesn't say on which MIG instance of $uuid $container runs." \
-        "Expect the whole GPU instead, or look at 'nvidia-smi'."
+        "With '--expect $uuid' the card at least can be judged; 'nvidia-smi' may show more."
       return
     else
       card "$uuid"

@@ -381,8 +381,8 @@ def withheld_capability() -> list[str]:
 
     From Engine 23 on, ALL is what there is to give, and what there isn't can't be dropped.
     """
-    major = int(docker("version", "--format", "{{.Server.Version}}").split(".")[0])
-    return ["--cap-drop", "SYS_RESOURCE"] if major < 23 else []
+    older = re.match(r"(1?\d|2[0-2])\.", docker("version", "--format", "{{.Server.Version}}"))
+    return ["--cap-drop", "SYS_RESOURCE"] if older else []
 
 
 # --- hosts --------------------------------------------------------------------

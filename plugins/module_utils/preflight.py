@@ -112,7 +112,7 @@ def check_memory(asked: Asked) -> Optional[str]:
     own = sum(one["memory_mib"] or 0 for one in referee["processes"] if one["gpu_uuid"] == gpu["uuid"])
     needed = int(share * gpu["memory_total_mib"])
     free = gpu["memory_total_mib"] - gpu["memory_used_mib"] + own
-    if free >= needed:
+    if free >= needed or is_divided(gpu):  # an instance's memory is its own, and its size isn't known here
         return None
     holders = [
         "{0} (pid {1}{2}, {3} MiB)".format(
@@ -145,31 +145,27 @@ def check_training(asked: Asked) -> Optional[str]:
     return None
 
 
+def is_divided(gpu: Mapping[str, Any]) -> bool:
+    """Say whether a whole card is in MIG mode; a driver that is too old for the question has none."""
+    query = ["nvidia-smi", "--id={0}".format(gpu["uuid"]), "--query-gpu=mig.mode.current"]
+    return shell.run([*query, "--format=csv,noheader"]).out.strip() == "Enabled"
+
+
 def check_mig(asked: Asked) -> Optional[str]:
     """The card isn't divided: a container on the whole of it would use one instance, whichever comes first."""
     gpu = asked.state["gpu"]
-    if not gpu or gpu["uuid"].startswith("MIG-"):
-        return None
-    query = [
-        "nvidia-smi",
-        "--id={0}".format(gpu["uuid"]),
-        "--query-gpu=mig.mode.current",
-        "--format=csv,noheader",
-    ]
-    if shell.run(query).out.strip() != "Enabled":  # also where a driver is too old for the question
+    if not gpu or gpu["uuid"].startswith("MIG-") or "mig" in asked.force or not is_divided(gpu):
         return None
     listed = shell.run(["nvidia-smi", "--list-gpus"]).out.partition(gpu["uuid"])[2].partition("\nGPU ")[0]
     instances = re.findall(r"MIG (\S+) .*UUID: (MIG-[^)]+)", listed)
-    return "GPU {0} ({1}, {2}) is divided (MIG), and vLLM would not get the whole of it. {3}".format(
-        gpu["index"],
-        gpu["name"],
-        gpu["uuid"],
-        "Name an instance of it as gpu_device_id: {0}.".format(
-            " or ".join("{1} ({0})".format(*one) for one in instances)
+    return (
+        "GPU {0} ({1}, {2}) is divided (MIG), and vLLM would not get the whole of it. Name an instance of it as "
+        'gpu_device_id ({3}), or say that you mean the whole card with -e \'{{"vllm_gpu_force": ["mig"]}}\'.'.format(
+            gpu["index"],
+            gpu["name"],
+            gpu["uuid"],
+            " or ".join("{1}, {0}".format(*one) for one in instances) or "`nvidia-smi -L` lists none yet",
         )
-        if instances
-        else "It has no instance yet: make one with `nvidia-smi mig -i {0} -cgi PROFILE -C`, or switch MIG off "
-        "with `nvidia-smi -i {0} -mig 0`.".format(gpu["index"]),
     )
 
 

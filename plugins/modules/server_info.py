@@ -10,7 +10,7 @@ short_description: Read a host's GPUs and vLLM server, and compare them with wha
 description:
   - Takes one look at the GPUs, the files of the service, its container and its API,
     compares them with what is wanted, and says what would change. Writes nothing.
-  - Runs the referee, C(check_gpu_allocation.sh), for everything about GPUs.
+  - Runs the referee, C(check_gpu_allocation.sh), which alone judges where the server is.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
@@ -34,7 +34,7 @@ options:
     description: Checks to leave out.
     type: list
     elements: str
-    choices: [drift, exposure, training]
+    choices: [drift, exposure, mig, training]
     default: []
   training_gpus:
     description: Ids of the GPUs that are set aside for training.
@@ -193,7 +193,7 @@ def main() -> None:
             "force": {
                 "type": "list",
                 "elements": "str",
-                "choices": ["drift", "exposure", "training"],
+                "choices": ["drift", "exposure", "mig", "training"],
                 "default": [],
             },
             "training_gpus": {"type": "list", "elements": "str", "default": []},

@@ -90,8 +90,9 @@ def swap(first: dict[str, object], second: dict[str, object]) -> None:
     first["pci.bus_id"], second["pci.bus_id"] = second["pci.bus_id"], first["pci.bus_id"]
 
 
-def divide(_first: dict[str, object], second: dict[str, object]) -> None:
-    second["mig.mode.current"] = "Enabled"
+def divide_both(*cards: dict[str, object]) -> None:
+    for card in cards:
+        card["mig.mode.current"] = "Enabled"
 
 
 def engine_and_speed_back(host: GpuHost) -> None:
@@ -231,7 +232,8 @@ ROWS = [
     Row("play killed while it waits", "waiting: ", fault("start_delay=6"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
     Row("two plays at once", "is changing this server right now", fault("start_delay=15"), run=two_plays, cure=fault("--clear"), serves="1", changed=".env"),
     Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
-    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide), cure=cards_back),
+    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
+    Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),

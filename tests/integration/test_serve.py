@@ -61,12 +61,12 @@ def test_a_user_who_has_sudo_serves_as_root_does(clean_host: GpuHost) -> None:
 
 def test_a_user_who_may_not_is_told_so(served: GpuHost) -> None:
     before = (served.container(), served.files())
-    served.look.check_output("mv /etc/sudoers /etc/sudoers.not")
+    served.look.check_output("cp -p /etc/sudoers /root/; echo 'root ALL=(ALL) ALL' > /etc/sudoers")
     try:
         output = served.fail_to_serve(ansible_user="ops", gpu_device_id=1)
     finally:
-        served.look.check_output("mv /etc/sudoers.not /etc/sudoers")
-    assert "sudo" in output
+        served.look.check_output("mv /root/sudoers /etc/sudoers")
+    assert "Missing sudo password" in output, output
     assert (served.container(), served.files()) == before
 
 
@@ -402,23 +402,23 @@ def exporting(directory: Path, key: str, value: str) -> Path:
 
 def test_status_tells_each_state_in_a_terminal_of_80_columns(served: GpuHost, tmp_path: Path) -> None:
     lost = tmp_path / "hosts.yml"
-    lost.write_text("vllm_gpu:\n  hosts:\n    a-lost-host: {ansible_host: 127.0.0.1, ansible_port: 1}\n")
+    lost.write_text("vllm_gpu:\n  hosts:\n    the-lost-host: {ansible_host: 127.0.0.1, ansible_port: 1}\n")
 
     def status() -> str:
         result = served.play("playbooks/status.yml", "-i", str(served.inventory), "-i", str(lost))
         assert result.code == 0, result.output
-        assert result.changed == 0
+        assert not re.search(r"changed=[1-9]", result.output)
         return result.output[result.output.index("HOST ") :].split("PLAY RECAP")[0]
 
     table = status()
     assert re.search(rf"^ *{served.name} +0 GeForce RTX 5090 +proven +Qwen/Qwen3-0.6B$", table, re.MULTILINE)
-    assert re.search(r"^ *a-lost-host +- +unreachable +see the error above$", table, re.MULTILINE)
+    assert re.search(r"^ *the-lost-host +- +unreachable +see the error above$", table, re.MULTILINE)
     assert "1 of 2 hosts has a proven server." in table
     served.look.check_output("docker stop vllm-server")
     table = status()
     assert re.search(rf"^ *{served.name} +0 GeForce RTX 5090 +NOT PROVEN$", table, re.MULTILINE)
     assert re.search(r"^ +The container is exited, not running\.$", table, re.MULTILINE)
-    assert "playbooks/verify.yml -l HOST" in table
+    assert "ansible-playbook -i INVENTORY playbooks/verify.yml -l HOST" in table
     assert max(map(len, table.splitlines())) <= 80, table
     served.look.check_output("docker rm vllm-server")
     assert re.search(rf"^ *{served.name} +- +no server$", status(), re.MULTILINE)

@@ -225,9 +225,15 @@ INSTANCE = "  MIG 1g.18gb     Device  0: (UUID: MIG-41b3359c-e721-56e5-8009-12e5
             "GPU-1",
             "Enabled\n",
             LISTED + INSTANCE,
-            "gpu_device_id: MIG-41b3359c-e721-56e5-8009-12e5797ed514 (1g.18gb).",
+            "gpu_device_id (MIG-41b3359c-e721-56e5-8009-12e5797ed514, 1g.18gb), or",
         ),
-        ("GPU-1", "Enabled\n", LISTED, "It has no instance yet"),
+        (
+            "GPU-0",
+            "Enabled\n",
+            LISTED + INSTANCE,
+            "gpu_device_id (MIG-57de94a5-be68-5b74-98a6-e7d1e21c58a7, 2g.35gb), or",
+        ),
+        ("GPU-1", "Enabled\n", LISTED, "lists none yet"),
         ("MIG-41b3359c-e721-56e5-8009-12e5797ed514", "Enabled\n", LISTED + INSTANCE, None),
         ("GPU-1", "Disabled\n", LISTED, None),
         ("GPU-1", "[N/A]\n", LISTED, None),
@@ -243,6 +249,14 @@ def test_a_divided_card_is_asked_for_by_its_instance(
     monkeypatch.setattr(shell, "run", run)
     problem = preflight.check_mig(asked(gpu={"uuid": uuid}))
     assert problem == says or (says and problem and says in problem)
+    assert preflight.check_mig(asked(gpu={"uuid": uuid}, force=["mig"])) is None
+
+
+def test_the_memory_of_a_divided_card_is_its_instances_affair(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = asked(gpu={"memory_used_mib": 1000})
+    assert preflight.check_memory(full) is not None
+    monkeypatch.setattr(preflight, "is_divided", lambda _gpu: True)
+    assert preflight.check_memory(full) is None
 
 
 def drifted(**changes: Any) -> str | None:  # noqa: ANN401
