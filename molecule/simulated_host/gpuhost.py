@@ -131,7 +131,8 @@ class Archive:
     def folder(self, name: str, mode: int = 0o755) -> None:
         """Add a folder, or what this machine has in its place: /lib may be a link."""
         here = Path("/", name)
-        if here.is_symlink() and here.parent == Path("/"):
+        # In this order: what is below /root is for root's eyes only.
+        if here.parent == Path("/") and here.is_symlink():
             self.link(name, str(here.readlink()))
             return
         info = tarfile.TarInfo(name)
