@@ -377,6 +377,9 @@ def stand_in_image(tag: str) -> bytes:
     return archive.bytes()
 
 
+# --- hosts --------------------------------------------------------------------
+
+
 def withheld_capability() -> list[str]:
     """Return the options that keep CAP_SYS_RESOURCE out of ALL: it isn't everybody's to give, nothing here needs it.
 
@@ -384,9 +387,6 @@ def withheld_capability() -> list[str]:
     """
     older = re.match(r"(1?\d|2[0-2])\.", docker("version", "--format", "{{.Server.Version}}"))
     return ["--cap-drop", "SYS_RESOURCE"] if older else []
-
-
-# --- hosts --------------------------------------------------------------------
 
 
 class Host:
