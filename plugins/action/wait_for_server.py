@@ -21,17 +21,28 @@ _ON_NO_CARD = 20
 _LOST_LOOKS = 3
 
 
-def verdict(state: dict[str, Any], first_restarts: int) -> str | None:
-    """Return why no more waiting will help, or None while it may."""
+def allowed_restarts(before: dict[str, Any]) -> int:
+    """Return how often the container may have been restarted, those from before the wait counted in.
+
+    One that was well until a moment ago may have been found dying: its restart
+    policy brings that one back, once. One that never came up is a crash loop.
+    """
+    restarts: int = before["restarts"]
+    return restarts + 1 if before["health"] == "healthy" else restarts
+
+
+def verdict(state: dict[str, Any], restarts: int) -> str | None:
+    """Return why no more waiting will help, or None while it may, with so many restarts allowed."""
     container = state["container"]
     if container is None:
         return "The container is gone."
     if container["oom_killed"]:
         return "The host ran out of memory, and its kernel killed the server."
-    if container["status"] not in ("running", "created"):
+    brought_back = container["status"] == "restarting" and container["restarts"] <= restarts
+    if container["status"] not in ("running", "created") and not brought_back:
         detail = f" ({container['error']})" if container["error"] else ""
         return f"The server died with exit code {container['exit_code']}{detail}."
-    if container["restarts"] > first_restarts:
+    if container["restarts"] > restarts:
         # The engine has forgotten the exit code by now.
         return (
             f"The server died, and its restart policy has started it again ({container['restarts']} times)."
@@ -93,7 +104,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 continue
             problems = state["problems"]
             same = state["container"] and state["container"]["id"] == before.get("id")
-            reason = " ".join(problems) or verdict(state, before["restarts"] if same else 0)
+            reason = " ".join(problems) or verdict(state, allowed_restarts(before) if same else 0)
             if not state["api"]["healthy"]:
                 ready_at = elapsed
             elif reason is None and elapsed - ready_at > _ON_NO_CARD:

@@ -24,6 +24,10 @@ OLDEST_COMPOSE = (2, 18)
 IMAGE_BYTES = 25 * 10**9
 # The paths that answer without the API key, so that nobody takes it for a wall.
 UNGUARDED = "/health, /metrics, /ping, /tokenize and /invocations"
+# While Compose recreates a container it has an interim name: the old id before its own.
+_OWN_NAME = re.compile(r"([0-9a-f]+_)?vllm-server\Z")
+# What listens on a container's port, by whether the engine has its userland proxy.
+_ENGINE = ("docker-proxy", "dockerd")
 
 
 class Asked(NamedTuple):
@@ -98,6 +102,13 @@ def container_of(pid: int) -> str:
     return " of container {0}".format(name.lstrip("/")) if name else ""
 
 
+def memory_used(gpu: Mapping[str, Any]) -> int:
+    """Return how much of a card's memory is in use by now, in MiB, and no more than was read of it before."""
+    query = ["nvidia-smi", "--id={0}".format(gpu["uuid"]), "--query-gpu=memory.used"]
+    now = shell.run([*query, "--format=csv,noheader,nounits"]).out.strip()
+    return min(int(now), gpu["memory_used_mib"]) if now.isdigit() else int(gpu["memory_used_mib"])
+
+
 def check_memory(asked: Asked) -> Optional[str]:
     """Enough of the card is free, not counting what our own server holds."""
     gpu, referee = asked.state["gpu"], asked.state["referee"]
@@ -112,6 +123,9 @@ def check_memory(asked: Asked) -> Optional[str]:
     own = sum(one["memory_mib"] or 0 for one in referee["processes"] if one["gpu_uuid"] == gpu["uuid"])
     needed = int(share * gpu["memory_total_mib"])
     free = gpu["memory_total_mib"] - gpu["memory_used_mib"] + own
+    if free < needed and not own:
+        # Our own server may have died between the look at the card and the one at its processes.
+        free = gpu["memory_total_mib"] - memory_used(gpu)
     if free >= needed or is_divided(gpu):  # an instance's memory is its own, and its size isn't known here
         return None
     holders = [
@@ -195,7 +209,8 @@ def check_port(asked: Asked) -> Optional[str]:
     """The port is free, or ours."""
     address, port = _port(asked.service)
     container = asked.state["container"]
-    if container and container["status"] == "running" and port in container["ports"]:
+    status = container["status"] if container and port in container["ports"] else ""
+    if status == "running":
         return None
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -208,14 +223,31 @@ def check_port(asked: Asked) -> Optional[str]:
                 return "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(
                     address
                 )
-            return "Port {0} on {1} can't be listened on ({2}){3}. End that program, or choose another vllm_gpu_port.".format(
-                port, address, error.strerror, listener(port)
+            program, pid = listener(port)
+            names = publishers(port) if program in _ENGINE else []
+            # The engine listens for a container that its restart policy brings back before it calls it running.
+            if status == "restarting" and program in _ENGINE and not names:
+                return None
+            if names:
+                who, cure = ": container {0} does".format(", ".join(names)), "Stop that container"
+            else:
+                who, cure = ": {0} (pid {1}) does".format(program, pid) if program else "", "End that program"
+            return (
+                "Port {0} on {1} can't be listened on ({2}){3}. {4}, or choose another vllm_gpu_port.".format(
+                    port, address, error.strerror, who, cure
+                )
             )
     return None
 
 
-def listener(port: int) -> str:
-    """Return who listens on a port, as `: NAME (pid N) does`, or nothing."""
+def publishers(port: int) -> List[str]:
+    """Return the names of the running containers, other than the server's, that publish a TCP port."""
+    output = shell.run(["docker", "ps", "--filter", "publish={0}/tcp".format(port), "--format", "{{.Names}}"])
+    return [name for name in output.out.split() if not _OWN_NAME.match(name)]
+
+
+def listener(port: int) -> Tuple[str, int]:
+    """Return the name and the pid of the program that listens on a TCP port, or ("", 0)."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         # A host may have no IPv6.
@@ -229,10 +261,10 @@ def listener(port: int) -> str:
             for descriptor in os.listdir("/proc/{0}/fd".format(pid)):
                 if os.readlink("/proc/{0}/fd/{1}".format(pid, descriptor)) in inodes:
                     with open("/proc/{0}/comm".format(pid), encoding="utf-8", errors="replace") as stream:
-                        return ": {0} (pid {1}) does".format(stream.read().strip(), pid)
+                        return stream.read().strip(), int(pid)
         except OSError:
             continue
-    return ""
+    return "", 0
 
 
 def check_exposure(asked: Asked) -> Optional[str]:
@@ -254,8 +286,7 @@ def check_project(asked: Asked) -> Optional[str]:
     project = asked.wanted["env"]["COMPOSE_PROJECT_NAME"]
     mine = "label=com.docker.compose.project={0}".format(project)
     names = shell.run(["docker", "ps", "--all", "--filter", mine, "--format", "{{.Names}}"]).out.split()
-    # While Compose recreates a container it has an interim name: the old id before its own.
-    others = [name for name in names if not re.match(r"([0-9a-f]+_)?vllm-server$", name)]
+    others = [name for name in names if not _OWN_NAME.match(name)]
     if not others:
         return None
     return (

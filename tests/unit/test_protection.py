@@ -206,6 +206,20 @@ def test_who_holds_the_memory_is_named() -> None:
     assert f"train.py (pid {2**22 + 1}, 800 MiB)" in problem
 
 
+@pytest.mark.parametrize(("own", "fits"), [(0, True), (100, False)])
+def test_memory_of_a_server_that_died_during_the_look(
+    monkeypatch: pytest.MonkeyPatch,
+    own: int,
+    fits: bool,  # noqa: FBT001
+) -> None:
+    """What was read of the card still has it, and the list of processes no longer does; or it does, too."""
+    monkeypatch.setattr(shell, "run", lambda *_arguments: shell.Output(0, "9\n", ""))
+    processes = [{"pid": 1, "name": "e", "gpu_uuid": "GPU-1", "memory_mib": own}]
+    state = {"referee": {"processes": processes, "other_processes": []}}
+    problem = preflight.check_memory(asked(gpu={"memory_used_mib": 900}, state=state))
+    assert (problem is None) == fits
+
+
 @pytest.mark.parametrize("one", ["1", "GPU-1", "gpu-1", "00000000:05:00.0", "0000:05:00.0", "05:00.0"])
 def test_a_training_card(one: str) -> None:
     assert preflight.check_training(asked(training=[one])) is not None
@@ -331,7 +345,7 @@ def test_a_port_that_is_taken_names_who_listens() -> None:
         port = taken.getsockname()[1]
         problem = preflight.check_port(asked(port={"published": str(port), "host_ip": "127.0.0.1"}))
         assert problem is not None
-        assert "(pid " in problem
+        assert f"(pid {os.getpid()}) does. End that program" in problem
         ours = {"container": {"status": "running", "ports": [port]}}
         assert (
             preflight.check_port(asked(port={"published": str(port), "host_ip": "127.0.0.1"}, state=ours))
@@ -340,6 +354,31 @@ def test_a_port_that_is_taken_names_who_listens() -> None:
     problem = preflight.check_port(asked(port={"published": "8000", "host_ip": "192.0.2.1"}))
     assert problem is not None
     assert "no address 192.0.2.1" in problem
+
+
+@pytest.mark.parametrize(
+    ("status", "program", "published_by", "said"),
+    [
+        ("restarting", "docker-proxy", "vllm-server", None),  # its policy brought it back meanwhile
+        ("restarting", "dockerd", "", None),  # an engine that has no userland proxy
+        ("restarting", "docker-proxy", "grafana", "container grafana does. Stop that container"),
+        ("restarting", "python3", "", "python3 (pid 7) does. End that program"),
+        ("exited", "docker-proxy", "", "docker-proxy (pid 7) does. End that program"),
+    ],
+)
+def test_a_port_that_the_engine_listens_on(
+    monkeypatch: pytest.MonkeyPatch, status: str, program: str, published_by: str, said: str | None
+) -> None:
+    monkeypatch.setattr(preflight, "listener", lambda _port: (program, 7))
+    monkeypatch.setattr(shell, "run", lambda _argv, **_options: shell.Output(0, published_by + "\n", ""))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        state = {"container": {"status": status, "ports": [port]}}
+        one = asked(port={"published": str(port), "host_ip": "127.0.0.1"}, state=state)
+        problem = preflight.check_port(one)
+    assert problem is None if said is None else said in str(problem)
 
 
 def test_a_model_by_its_path(tmp_path: Path) -> None:
