@@ -21,7 +21,8 @@ DIRECTORY = "/opt/vllm-gpu"
 
 
 def gpuhost(*arguments: str) -> str:
-    done = subprocess.run([GPUHOST, *arguments], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([GPUHOST, *arguments], check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -85,7 +86,7 @@ class GpuHost:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         return Result(done.returncode, done.stdout)

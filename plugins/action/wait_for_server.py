@@ -28,7 +28,7 @@ def allowed_restarts(before: dict[str, Any]) -> int:
     policy brings that one back, once. One that never came up is a crash loop.
     """
     restarts: int = before["restarts"]
-    return restarts + 1 if before["health"] == "healthy" else restarts
+    return restarts + 1 if before["was_ready"] else restarts
 
 
 def verdict(state: dict[str, Any], restarts: int) -> str | None:

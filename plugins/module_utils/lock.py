@@ -21,7 +21,7 @@ PATH = "/run/vllm_gpu.lock"
 # only waits, and renews it with every look, short, so that a killed one is soon
 # forgotten. Seconds.
 STEP = 90
-RENEWAL = 15
+RENEWAL = 30
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -77,16 +78,23 @@ def check_compose(_asked: Asked) -> Optional[str]:
     return None
 
 
+def option(command: Sequence[str], name: str) -> List[str]:
+    """Return what an option of vLLM is given, the last time; its parser takes `_` for `-`, too."""
+    values: List[str] = []
+    for position, word in enumerate(command):
+        head, is_pair, value = word.partition("=")
+        if head.replace("_", "-") == name:
+            following = itertools.takewhile(
+                lambda one: not re.match("-[A-Za-z-]", one), command[position + 1 :]
+            )
+            values = [value] if is_pair else list(following)
+    return values
+
+
 def utilization(service: Mapping[str, Any]) -> float:
     """Return the share of the card that the server will take."""
     command = [str(word) for word in service["command"]]
-    share = "0.9"
-    for position, word in enumerate(command):
-        if word == "--gpu-memory-utilization" and position + 1 < len(command):
-            share = command[position + 1]
-        elif word.startswith("--gpu-memory-utilization="):
-            share = word.split("=", 1)[1]
-    return float(share)
+    return float((option(command, "--gpu-memory-utilization") or ["0.9"])[0])
 
 
 def container_of(pid: int) -> str:
@@ -100,13 +108,6 @@ def container_of(pid: int) -> str:
         return ""
     name = shell.run(["docker", "inspect", "--format", "{{.Name}}", match.group(0)]).out.strip()
     return " of container {0}".format(name.lstrip("/")) if name else ""
-
-
-def memory_used(gpu: Mapping[str, Any]) -> int:
-    """Return how much of a card's memory is in use by now, in MiB, and no more than was read of it before."""
-    query = ["nvidia-smi", "--id={0}".format(gpu["uuid"]), "--query-gpu=memory.used"]
-    now = shell.run([*query, "--format=csv,noheader,nounits"]).out.strip()
-    return min(int(now), gpu["memory_used_mib"]) if now.isdigit() else int(gpu["memory_used_mib"])
 
 
 def check_memory(asked: Asked) -> Optional[str]:
@@ -123,9 +124,6 @@ def check_memory(asked: Asked) -> Optional[str]:
     own = sum(one["memory_mib"] or 0 for one in referee["processes"] if one["gpu_uuid"] == gpu["uuid"])
     needed = int(share * gpu["memory_total_mib"])
     free = gpu["memory_total_mib"] - gpu["memory_used_mib"] + own
-    if free < needed and not own:
-        # Our own server may have died between the look at the card and the one at its processes.
-        free = gpu["memory_total_mib"] - memory_used(gpu)
     if free >= needed or is_divided(gpu):  # an instance's memory is its own, and its size isn't known here
         return None
     holders = [
@@ -146,12 +144,20 @@ def check_memory(asked: Asked) -> Optional[str]:
 
 def check_training(asked: Asked) -> Optional[str]:
     """The card isn't set aside for training."""
-    gpu = asked.state["gpu"]
+    gpu, training = asked.state["gpu"], {str(one).lower() for one in asked.training_gpus}
+    odd = sorted(
+        one for one in training if not re.match(r"\d+\Z|(gpu|mig)-.|[0-9a-f:]+:[0-9a-f]{2}\.[0-7]\Z", one)
+    )
+    if odd:
+        return (
+            "vllm_gpu_training_gpus names {0}, which is no index, UUID or PCI bus id (in YAML, a bus id needs "
+            "quotes). Mend it: it would protect no card.".format(", ".join(odd))
+        )
     if not gpu or "training" in asked.force:
         return None
     bus = gpu["pci_bus_id"].lower()
     names = {str(gpu["index"]), gpu["uuid"].lower(), bus, bus[4:], bus.split(":", 1)[1]}
-    if names & {str(one).lower() for one in asked.training_gpus}:
+    if (names | {gpu.get("card_uuid", "").lower()}) & training:
         return (
             "GPU {0} ({1}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
             'you mean it with -e \'{{"vllm_gpu_force": ["training"]}}\'.'.format(gpu["index"], gpu["name"])
@@ -212,32 +218,36 @@ def check_port(asked: Asked) -> Optional[str]:
     status = container["status"] if container and port in container["ports"] else ""
     if status == "running":
         return None
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                return "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(
-                    address
-                )
-            program, pid = listener(port)
-            names = publishers(port) if program in _ENGINE else []
-            # The engine listens for a container that its restart policy brings back before it calls it running.
-            if status == "restarting" and program in _ENGINE and not names:
-                return None
-            if names:
-                who, cure = ": container {0} does".format(", ".join(names)), "Stop that container"
+    reason: Optional[str] = None
+    # While its restart policy brings it back, listening there for a moment could end that for good.
+    if status != "restarting":
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+                probe.listen(1)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    return (
+                        "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(
+                            address
+                        )
+                    )
+                reason = error.strerror
             else:
-                who, cure = ": {0} (pid {1}) does".format(program, pid) if program else "", "End that program"
-            return (
-                "Port {0} on {1} can't be listened on ({2}){3}. {4}, or choose another vllm_gpu_port.".format(
-                    port, address, error.strerror, who, cure
-                )
-            )
-    return None
+                return None
+    program, pid = listener(port)
+    names = publishers(port) if program in _ENGINE else []
+    if status == "restarting" and not names and program in ("", *_ENGINE):
+        return None
+    if names:
+        who, cure = ": container {0} does".format(", ".join(names)), "Stop that container"
+    else:
+        who, cure = ": {0} (pid {1}) does".format(program, pid) if program else "", "End that program"
+    return "Port {0} on {1} can't be listened on ({2}){3}. {4}, or choose another vllm_gpu_port.".format(
+        port, address, reason or os.strerror(errno.EADDRINUSE), who, cure
+    )
 
 
 def publishers(port: int) -> List[str]:

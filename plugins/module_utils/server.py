@@ -24,7 +24,10 @@ REFEREE = "check_gpu_allocation.sh"
 SERVICE = "vllm"
 CONTAINER = "vllm-server"
 
-_API_TIMEOUT = 5
+# Seconds; a server that many clients fall upon at once may take some.
+_API_TIMEOUT = 10
+# Ansible hides a secret wherever it stands in what a module says; a short one stands in anything.
+_SHORTEST_SECRET = 8
 _INDEX = r"0|[1-9][0-9]{0,2}"
 _UUID = r"(?:GPU|MIG)-[0-9A-Za-z/-]{1,80}"
 _PCI_BUS_ID = r"(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]"
@@ -101,9 +104,8 @@ def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
     if not _GPU_ID.match(requested):
         raise Problem(
             "gpu_device_id is {0}, which is not the id of one GPU: it must be an index such as 0, a UUID such as "
-            "GPU-0a1b2c3d-…, or a PCI bus id such as 00000000:01:00.0. {1}".format(
-                json.dumps(requested), choice
-            )
+            "GPU-0a1b2c3d-…, or a PCI bus id such as 00000000:01:00.0 (in YAML within quotes: it is a number "
+            "without). {1}".format(json.dumps(requested), choice)
         )
     gpu = expected_gpu(verdict)
     if gpu is None:
@@ -119,7 +121,13 @@ def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
             if gpu["uuid"] == expected["uuid"]:
                 return dict(gpu)
             # A MIG instance: nvidia-smi gives the memory of the whole card only.
-            return dict(gpu, uuid=expected["uuid"], memory_total_mib=None, memory_used_mib=None)
+            return dict(
+                gpu,
+                uuid=expected["uuid"],
+                card_uuid=gpu["uuid"],
+                memory_total_mib=None,
+                memory_used_mib=None,
+            )
     return None
 
 
@@ -322,8 +330,14 @@ def inspect_container() -> Optional[Dict[str, Any]]:
         "oom_killed": raw["state"].get("OOMKilled", False),
         "started_at": raw["state"]["StartedAt"],
         "health": (raw["state"].get("Health") or {}).get("Status"),
+        "was_ready": False,
         "restarts": raw["restarts"],
-        "ports": [int(one["HostPort"]) for bound in (raw["ports"] or {}).values() for one in bound],
+        "ports": [
+            int(one["HostPort"])
+            for bound in (raw["ports"] or {}).values()
+            for one in bound or []
+            if one["HostPort"].isdigit()
+        ],
         "image": raw["image"],
         "image_id": raw["image_id"],
         "stop_timeout": raw["stop_timeout"] or 10,
@@ -362,17 +376,7 @@ def base_url(service: Mapping[str, Any]) -> str:
 def served_names(service: Mapping[str, Any]) -> List[str]:
     """Return the model names that the API must list, from the resolved command line."""
     command = [str(word) for word in service["command"]]
-    names: List[str] = []
-    for position, word in enumerate(command):
-        if word.startswith("--served-model-name="):
-            names = [word.split("=", 1)[1]]
-        elif word == "--served-model-name":
-            names = []
-            for name in command[position + 1 :]:
-                if name.startswith("-"):
-                    break
-                names.append(name)
-    return names or command[:1]
+    return preflight.option(command, "--served-model-name") or command[:1]
 
 
 def _get(url: str, key: str) -> Tuple[int, bytes]:
@@ -416,7 +420,9 @@ def probe_api(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
     except Problem as problem:
         result["error"] = str(problem)
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        result["error"] = "no answer from {0} ({1})".format(url, getattr(error, "reason", error))
+        # Also where only /v1/models gave none: that is no word about what is served.
+        reason = getattr(error, "reason", error)
+        result.update(healthy=False, error="no answer from {0} ({1})".format(url, reason))
     return result
 
 
@@ -429,6 +435,16 @@ def exported_secrets(wanted: Mapping[str, Any]) -> List[str]:
     """
     known = ("VLLM_API_KEY", "HF_TOKEN")
     return [key for key in sorted({*known, *wanted["secrets"]}) if os.environ.get(key)]
+
+
+def weak_secrets(wanted: Mapping[str, Any]) -> List[str]:
+    """Return the secret keys whose values can't be hidden without hiding something that the role needs."""
+    others = [str(one) for one in (wanted["project_dir"], *wanted["env"].values())]
+    return [
+        key
+        for key, value in wanted["secrets"].items()
+        if value and (len(str(value)) < _SHORTEST_SECRET or any(str(value) in one for one in others))
+    ]
 
 
 def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: Dict[str, Any]) -> None:
@@ -464,16 +480,39 @@ def check_owner(container: Mapping[str, Any], project: str, project_dir: str) ->
     )
 
 
+def check_container(container: Optional[Mapping[str, Any]], seen: Mapping[str, Any]) -> None:
+    """Raise Problem for a container that the referee has just `seen` and that is gone, and for a frozen one."""
+    if container is None and (seen["code"] in (0, 1) or seen["cause"] == "no_process_yet"):
+        raise Problem(
+            "The container {0} was there a moment ago, and docker shows it no more. Look what the engine is doing "
+            "(`systemctl status docker`), and run the play again.".format(CONTAINER)
+        )
+    if container and container["status"] == "paused":
+        raise Problem("The container {0} is paused. Let it go on with: docker unpause {0}".format(CONTAINER))
+
+
+def check_service(service: Mapping[str, Any]) -> None:
+    """Raise Problem for a service that this role's compose file can't have made."""
+    ports = service.get("ports") or [{}]
+    if not service.get("command") or not str(ports[0].get("published", "")).isdigit():
+        raise Problem(
+            "{0} has been edited by hand: its service {1} has no command, or publishes no port. serve.yml writes "
+            "its own again.".format(COMPOSE_FILE, SERVICE)
+        )
+
+
 def read_service(
     files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], known_hash: Optional[str]
 ) -> Tuple[Dict[str, Any], str]:
     """Compare the container with the wanted service; return that, and its config hash."""
     project = str(wanted["env"]["COMPOSE_PROJECT_NAME"])
     container = state["container"] = inspect_container()
+    check_container(container, state["referee"])
     # A newer Compose may hash otherwise: only one that asks for no change is taken as known.
     if container is None or container["config_hash"] != known_hash:
         known_hash = None
     service, config_hash = resolve_service(files, wanted["project_dir"], project, known_hash)
+    check_service(service)
     state["image"] = service["image"]
     wanted_image = image_id(service["image"])
     state["image_present"] = wanted_image is not None
@@ -481,6 +520,11 @@ def read_service(
         check_owner(container, project, wanted["project_dir"])
     if container:
         state["recreate"] = container["config_hash"] != config_hash or container["image_id"] != wanted_image
+        proven_at = (state["last_proven"] or {}).get("proven_at", "")
+        container["was_ready"] = container["health"] == "healthy" or (
+            # The engine asks for its health only every ten seconds.
+            not state["recreate"] and proven_at[:19] >= container["started_at"][:19]
+        )
         # A container that will be replaced listens where it was told before.
         if container["status"] == "running" and not state["recreate"]:
             state["api"] = probe_api(service, placed=state["referee"]["code"] == 0)
@@ -496,7 +540,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         wanted: WANTED_OPTIONS, filled in.
         options: `as_installed` judges the server by the files that the host
             has, not by `wanted`; `preflight` asks for every check that a
-            change needs, `force` leaves some out, `training_gpus` are ids.
+            change needs, `force` leaves some out, `training_gpus` are ids; `again` takes what
+            is found for granted, where else only what two looks find counts.
 
     Returns:
         `problems` (texts with their cures; nothing may be changed while there
@@ -511,6 +556,7 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         its API answers.
     """
     problems: List[str] = []
+    asked = wanted
     state: Dict[str, Any] = {
         "problems": problems,
         "gpus": [],
@@ -542,6 +588,11 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         "beat .env. Unset it there (look in /etc/environment and the shell's profile).".format(key)
         for key in exported_secrets(wanted)
     )
+    problems.extend(
+        "{0} is shorter than {1} characters, or stands in another setting (model, image, path …). Choose a random one, "
+        "such as `openssl rand -hex 24` prints.".format(key, _SHORTEST_SECRET)
+        for key in weak_secrets(wanted)
+    )
     last = record.load(wanted["project_dir"], "current")
     state["last_proven"] = last.record if last else None
     as_installed = options.get("as_installed", False)
@@ -562,7 +613,11 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
     changes = options.get("preflight") and (problems or state["doubts"])
     checks = preflight.CHECKS if changes else preflight.ALWAYS
     force, training_gpus = options.get("force", []), options.get("training_gpus", [])
-    problems.extend(preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus)))
+    found = list(preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus)))
+    if found and not options.get("again"):
+        # A server that dies, or is brought back, between two of these reads looks like a problem of the host.
+        return read(gpu_device_id, asked, again=True, **options)
+    problems.extend(found)
     state["proven"] = not problems and not state["doubts"]
     if state["proven"]:
         state["proof"] = proof(state, config_hash)

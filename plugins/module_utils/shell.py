@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import Mapping, NamedTuple, Optional, Sequence
+
+# The engine of this very host, wherever the user's environment or Docker context
+# points: the cards that nvidia-smi lists are of no other. The role's tasks that
+# call docker have the same from vars/main.yml.
+ENGINE = {"DOCKER_HOST": "unix:///var/run/docker.sock", "DOCKER_CONTEXT": ""}
 
 # One call of the docker CLI; seconds. An engine that takes longer is stuck.
 TIMEOUT = 20
@@ -21,7 +27,8 @@ class Output(NamedTuple):
 def run(
     argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None, timeout: float = TIMEOUT
 ) -> Output:
-    """Run `argv` without a shell, for at most `timeout` seconds."""
+    """Run `argv` without a shell, for at most `timeout` seconds, with the host's own engine for docker."""
+    env = dict(os.environ if env is None else env, **ENGINE)
     try:
         done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout, check=False, env=env)
     except subprocess.TimeoutExpired:

@@ -44,6 +44,10 @@ run:
   description: What names the play that holds the lock.
   returned: always
   type: str
+held_by:
+  description: Who holds the lock.
+  returned: when another play does, and goes on
+  type: str
 waited:
   description: Seconds waited for the lock of a play that was killed.
   returned: always
@@ -88,13 +92,21 @@ def main() -> None:
     # step on the host runs to its end.
     seen: Set[Tuple[str, float]] = set()
     while True:
-        lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
+        try:
+            lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
+        except OSError as error:
+            module.fail_json(
+                run=run,
+                msg="{0} can't be written: {1}. The play must be root on this host: add -K to have sudo ask for the "
+                "password, or log in as root.".format(lock.PATH, error.strerror),
+            )
         if lease is None:
             break
         seen.add((str(lease["run"]), float(lease["renewed"])))
         if len(seen) > _ALIVE:
             module.fail_json(
                 run=run,
+                held_by=lease["who"],
                 msg="{0} is changing this server right now. Run this play again when that one has "
                 "ended.".format(lease["who"]),
             )

@@ -34,7 +34,7 @@ def host() -> Iterator[GpuHost]:
         subprocess.run(
             [sys.executable, ROOT / "molecule/simulated_host/real_vllm.py", one.name],
             check=True,
-            timeout=1200,
+            timeout=2400,
         )
         yield one
 

@@ -133,7 +133,9 @@ def kill(_host: GpuHost) -> None:
 
 
 def second_play(host: GpuHost) -> None:
+    """Meanwhile the first one waits, for as long as the fault is there."""
     host.second = host.play("serve.yml", gpu_device_id=0, vllm_gpu_shm_size="1gb")  # type: ignore[attr-defined]
+    host.fault("--clear")
 
 
 def two_plays(host: GpuHost, variables: dict[str, object]) -> Result:
@@ -197,6 +199,10 @@ ROWS = [
         variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host(NO_REGISTRY)),
     Row("port taken by another program", "Port 9000 on 127.0.0.1 can't be listened on .*: python3", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
+    Row("port taken by another container", "Port 9000 on 127.0.0.1 can't be listened on .*: container grafana does. Stop that container",
+        on_host("docker run -d --name grafana -p 127.0.0.1:9000:3000 --entrypoint sleep vllm/vllm-openai:v0.32.0 600"),
+        variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
+    Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
         run=while_it_runs("Put the last proven files back", fault("--clear"))),
@@ -229,8 +235,8 @@ ROWS = [
     Row("play killed while it looks", "Validating", run=while_it_runs("Read the host", kill)),
     Row("play killed after writing", "Write the compose file", fault("start_delay=2"), run=while_it_runs("Recreate the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
     Row("play killed while it recreates", "Recreate the server", fault("start_delay=6"), run=while_it_runs("Wait until the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
-    Row("play killed while it waits", "waiting: ", fault("start_delay=6"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
-    Row("two plays at once", "is changing this server right now", fault("start_delay=15"), run=two_plays, cure=fault("--clear"), serves="1", changed=".env"),
+    Row("play killed while it waits", "waiting: ", fault("health=503"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
+    Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
     Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
     Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
     Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),

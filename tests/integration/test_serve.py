@@ -59,6 +59,17 @@ def test_a_user_who_has_sudo_serves_as_root_does(clean_host: GpuHost) -> None:
     assert clean_host.container() == ""
 
 
+def test_a_user_of_the_engine_who_is_not_root_is_told_so(served: GpuHost) -> None:
+    served.look.check_output("chmod 666 /var/run/docker.sock")
+    before = (served.container(), served.files())
+    try:
+        output = served.fail_to_serve(ansible_user="ops", ansible_become="false", gpu_device_id=1)
+    finally:
+        served.look.check_output("chmod 660 /var/run/docker.sock")
+    assert "The play must be root on this host: add -K" in " ".join(output.split())
+    assert (served.container(), served.files()) == before
+
+
 def test_a_user_who_may_not_is_told_so(served: GpuHost) -> None:
     before = (served.container(), served.files())
     served.look.check_output("cp -p /etc/sudoers /root/; echo 'root ALL=(ALL) ALL' > /etc/sudoers")
@@ -130,7 +141,7 @@ def test_every_spelling_of_a_card_becomes_its_uuid(served: GpuHost, spelling: st
 
 
 def test_the_wait_goes_on_while_the_model_loads_and_says_so(served: GpuHost) -> None:
-    served.fault("start_delay=8")
+    served.fault("start_delay=20")
     result = served.serve(gpu_device_id=1)
     assert f"{served.name}: " in result.output
     assert "waiting: " in result.output
@@ -149,8 +160,8 @@ def test_the_wait_ends_at_once_when_the_server_dies(served: GpuHost) -> None:
 
 def test_the_wait_ends_in_time(served: GpuHost) -> None:
     served.fault("health=503")
-    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_start_timeout=4)
-    assert "The server was not ready after 4 s" in output
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_start_timeout=10)
+    assert "The server was not ready after 10 s" in output
     assert "/health answers 503" in output
 
 
@@ -252,10 +263,12 @@ def test_other_peoples_containers_of_the_same_project_are_left_alone(served: Gpu
 
 @pytest.mark.parametrize("name", ["gpu_id", "GPU_DEVICE_ID", "vllm_gpu_modle"])
 def test_a_variable_of_no_meaning_is_refused(served: GpuHost, name: str) -> None:
-    """What is passed over in silence lets the server go where nobody asked for."""
+    """What is passed over in silence lets the server go, or seem to be, where nobody asked for."""
     before = (served.container(), served.files())
-    output = served.fail_to_serve("-e", f"{name}=1")
-    assert f"{name} is set, but no variable of this role has that name" in output
+    for playbook in ("serve.yml", "playbooks/verify.yml"):
+        result = served.play(playbook, "-e", f"{name}=1")
+        assert result.code != 0
+        assert f"{name} is set, but no variable of this role has that name" in " ".join(result.output.split())
     assert (served.container(), served.files()) == before
 
 
@@ -424,3 +437,47 @@ def test_status_tells_each_state_in_a_terminal_of_80_columns(served: GpuHost, tm
     for _ in ("its files are there", "not even those"):
         assert re.search(rf"^ *{served.name} +- +no server$", status(), re.MULTILINE)
         served.look.check_output(f"rm -rf {DIRECTORY}")
+
+
+def test_where_docker_points_to_does_not_matter(served: GpuHost) -> None:
+    """Cards, container and compose are of this very host, whatever context its user works with."""
+    served.look.check_output(
+        "docker context create elsewhere --docker host=unix:///nowhere.sock && docker context use elsewhere"
+    )
+    try:
+        served.serve(gpu_device_id=1)
+        output = served.fail_to_serve(gpu_device_id=0, vllm_gpu_model="acme/does-not-exist")
+        assert "serves as before" in output
+        assert served.play("playbooks/teardown.yml").code == 0
+    finally:
+        served.look.check_output("docker context use default && docker context rm elsewhere")
+    assert served.container() == ""
+
+
+def test_a_text_does_where_a_list_is_asked_for(served: GpuHost) -> None:
+    """As `-e key=value` gives it, and as one writes it in a hurry: never letter by letter."""
+    served.serve("-e", '{"vllm_gpu_extra_args": "--served-model-name \'my chat\' --max-model-len 512"}')
+    arguments = served.look.check_output("docker inspect -f '{{json .Args}}' vllm-server")
+    assert '"--served-model-name","my chat","--max-model-len","512"' in arguments
+    output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_training_gpus="10,1")
+    assert "is set aside for training" in output
+    served.serve(
+        "-e", '{"gpu_device_id": 1, "vllm_gpu_training_gpus": "1", "vllm_gpu_force": "training,drift"}'
+    )
+    assert served.play("playbooks/rollback.yml", vllm_gpu_force="drift").code == 0
+
+
+def test_no_restart_may_be_written_as_yaml_has_it(served: GpuHost) -> None:
+    served.serve("-e", '{"vllm_gpu_restart": false}')
+    policy = served.look.check_output("docker inspect -f '{{.HostConfig.RestartPolicy.Name}}' vllm-server")
+    assert policy == "no"
+
+
+def test_a_compose_file_without_ports_is_put_right(served: GpuHost) -> None:
+    served.look.check_output(
+        f"cd {DIRECTORY} && sed -i 's/^    ports:/    network_mode: host/; /VLLM_BIND_ADDRESS/d' docker-compose.serving.yml"
+    )
+    result = served.play("playbooks/verify.yml")
+    assert "has been edited by hand" in " ".join(result.output.split())
+    served.serve(gpu_device_id=1)
+    assert served.served_gpu() == "1"

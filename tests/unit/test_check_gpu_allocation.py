@@ -667,26 +667,26 @@ def test_a_count_is_in_the_json(host: Host) -> None:
 
 # --- Time ------------------------------------------------------------------------------------------
 
-ESCAPES = "setsid sleep 20 & sleep 20\n"  # keeps the pipes open out of the reach of timeout's signals
+ESCAPES = "setsid sleep 120 & sleep 120\n"  # keeps the pipes open out of the reach of timeout's signals
 IGNORES = "trap '' TERM; while :; do sleep 1; done\n"
 
 
 @pytest.mark.parametrize("side", ["nvidia_smi", "docker"])
 def test_a_call_hangs(tmp_path: Path, side: str) -> None:
-    """Each call in each way, side by side to save time: no verdict, in time, and nothing left behind."""
+    """Each call in each way, side by side to save time: no verdict, long before it ends, and nothing left behind."""
 
     def hang(call: str, how: str) -> None:
         host = Host(tmp_path / f"{call}-{len(how)}")
         pid = host.path / "pid"
         host.says(call, before=f"echo $$ >{pid}\n{how}")
         start = time.monotonic()
-        data = host.judge("--timeout", "1")
+        data = host.judge("--timeout", "3")
         assert data["cause"] == f"{side}_timeout"
         assert bool(data["container"]) == (call != "docker.inspect")
         assert bool(data["gpus"]) == (call != "nvidia-smi.gpus")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
         while Path("/proc", pid.read_text().strip()).exists():
-            assert time.monotonic() - start < 6
+            assert time.monotonic() - start < 90
             time.sleep(0.05)
 
     calls = [
@@ -694,16 +694,19 @@ def test_a_call_hangs(tmp_path: Path, side: str) -> None:
         for call in (("inspect", "top") if side == "docker" else ("gpus", "apps"))
     ]
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(hang, c, h) for c in calls for h in ("sleep 20", IGNORES, ESCAPES)]:
+        for done in [pool.submit(hang, c, h) for c in calls for h in ("sleep 120", IGNORES, ESCAPES)]:
             done.result()
 
 
 def test_calls_are_few_and_run_side_by_side(host: Host) -> None:
-    for call in ("nvidia-smi.gpus", "nvidia-smi.apps", "docker.inspect", "docker.top"):
-        (host.path / f"{call}.sh").write_text("sleep 0.5")
-    start = time.monotonic()
-    assert host.judge()["verdict"] == "ok"
-    assert time.monotonic() - start < 1.9  # inspect and then top: about 1 s; all in a row: at least 2
+    first = ("nvidia-smi.gpus", "nvidia-smi.apps", "docker.inspect")
+    for call in first:
+        # Each waits until the others have been asked: one after the other, none of them would ever answer.
+        there = " && ".join(f"[[ -e {host.path}/{other}.asked ]]" for other in first)
+        (host.path / f"{call}.sh").write_text(
+            f": >{host.path}/{call}.asked\nuntil {there}; do sleep 0.02; done\n"
+        )
+    assert host.judge("--timeout", "30")["verdict"] == "ok"
     assert len(host.calls) == 4
 
 

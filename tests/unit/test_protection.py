@@ -206,25 +206,25 @@ def test_who_holds_the_memory_is_named() -> None:
     assert f"train.py (pid {2**22 + 1}, 800 MiB)" in problem
 
 
-@pytest.mark.parametrize(("own", "fits"), [(0, True), (100, False)])
-def test_memory_of_a_server_that_died_during_the_look(
-    monkeypatch: pytest.MonkeyPatch,
-    own: int,
-    fits: bool,  # noqa: FBT001
-) -> None:
-    """What was read of the card still has it, and the list of processes no longer does; or it does, too."""
-    monkeypatch.setattr(shell, "run", lambda *_arguments: shell.Output(0, "9\n", ""))
-    processes = [{"pid": 1, "name": "e", "gpu_uuid": "GPU-1", "memory_mib": own}]
-    state = {"referee": {"processes": processes, "other_processes": []}}
-    problem = preflight.check_memory(asked(gpu={"memory_used_mib": 900}, state=state))
-    assert (problem is None) == fits
-
-
 @pytest.mark.parametrize("one", ["1", "GPU-1", "gpu-1", "00000000:05:00.0", "0000:05:00.0", "05:00.0"])
 def test_a_training_card(one: str) -> None:
     assert preflight.check_training(asked(training=[one])) is not None
     assert preflight.check_training(asked(training=[one], force=["training"])) is None
     assert preflight.check_training(asked(training=["0"])) is None
+
+
+def test_an_instance_of_a_training_card() -> None:
+    instance = {"uuid": "MIG-1", "card_uuid": "GPU-1"}
+    assert preflight.check_training(asked(gpu=instance, training=["GPU-1"])) is not None
+
+
+@pytest.mark.parametrize(
+    "one", ["2460.0", "GPU 1", "rtx", "GPU-", "-1"]
+)  # the first is 0000:41:00.0 without quotes
+def test_a_training_card_that_is_none(one: str) -> None:
+    problem = preflight.check_training(asked(training=["0", one]))
+    assert problem is not None
+    assert one.lower() in problem
 
 
 OTHER = "  MIG 2g.35gb     Device  0: (UUID: MIG-57de94a5-be68-5b74-98a6-e7d1e21c58a7)\n"
@@ -361,6 +361,7 @@ def test_a_port_that_is_taken_names_who_listens() -> None:
     [
         ("restarting", "docker-proxy", "vllm-server", None),  # its policy brought it back meanwhile
         ("restarting", "dockerd", "", None),  # an engine that has no userland proxy
+        ("restarting", "", "", None),  # between two starts
         ("restarting", "docker-proxy", "grafana", "container grafana does. Stop that container"),
         ("restarting", "python3", "", "python3 (pid 7) does. End that program"),
         ("exited", "docker-proxy", "", "docker-proxy (pid 7) does. End that program"),

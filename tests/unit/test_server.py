@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight, server, shell
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def test_a_mig_instance_has_no_memory_of_a_whole_card() -> None:
     verdict = {"gpus": GPUS, "expected": {"id": mig, "index": 1, "uuid": mig}}
     gpu = server.find_gpu(mig, verdict)
     assert (gpu["index"], gpu["uuid"], gpu["memory_total_mib"]) == (1, mig, None)
+    assert gpu["card_uuid"] == UUIDS[1]  # by which the card may be set aside
 
 
 @given(st.one_of(st.text(), st.from_regex(r"[0-9 ,.\-]{1,6}"), st.sampled_from(UUIDS).map(str.upper)))
@@ -61,6 +63,8 @@ def test_everything_else_is_refused_with_the_choice(requested: str) -> None:
         (["org/model", "--port", "8000"], ["org/model"]),
         (["org/model", "--served-model-name", "a", "b", "--port", "1"], ["a", "b"]),
         (["org/model", "--served-model-name=a"], ["a"]),
+        (["org/model", "--served_model_name", "a", "-tp", "1"], ["a"]),
+        (["org/model", "--served-model-name", "a", "--served-model-name", "b"], ["b"]),
         (["/models/tiny"], ["/models/tiny"]),
     ],
 )
@@ -107,6 +111,86 @@ def test_what_compose_says_of_an_env_file_is_not_quoted() -> None:
 )
 def test_a_missing_plugin_is_named(said: str) -> None:
     assert "no Compose plugin" in server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
+
+
+def test_a_secret_that_could_not_be_hidden_is_refused() -> None:
+    """Ansible blacks it out of whatever a module says, the image's name in the record included."""
+    wanted = {
+        "project_dir": "/opt/vllm-gpu",
+        "env": {"VLLM_IMAGE": "vllm/vllm-openai:v0.32.0"},
+        "secrets": {},
+    }
+    for key, weak in (("sk-0123456789", False), ("", False), ("test", True), ("vllm-openai", True)):
+        wanted["secrets"] = {"VLLM_API_KEY": key}
+        assert server.weak_secrets(wanted) == (["VLLM_API_KEY"] if weak else [])
+
+
+def test_a_container_that_vanishes_during_a_look_is_no_container_that_is_not_there() -> None:
+    nothing = {"code": 3, "cause": "no_such_container"}
+    server.check_container(None, nothing)
+    for seen in (
+        {"code": 0, "cause": None},
+        {"code": 1, "cause": "wrong_gpu"},
+        {"code": 3, "cause": "no_process_yet"},
+    ):
+        with pytest.raises(server.Problem, match="was there a moment ago"):
+            server.check_container(None, seen)
+
+
+@pytest.mark.parametrize(
+    "service",
+    [{"command": ["m"]}, {"command": ["m"], "ports": [{"target": 8000}]}, {"ports": [{"published": "8000"}]}],
+)
+def test_a_compose_file_that_somebody_has_rewritten_is_named(service: dict[str, Any]) -> None:
+    server.check_service({"command": ["m"], "ports": [{"published": "8000"}]})
+    with pytest.raises(server.Problem, match="has been edited by hand"):
+        server.check_service(service)
+
+
+def test_ports_that_somebody_else_has_published_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {
+        "id": "c1", "state": {"Status": "running", "ExitCode": 0, "StartedAt": "2026-01-01T00:00:00Z"}, "image_id": "i",
+        "image": "i", "stop_timeout": None, "labels": None, "restarts": 0, "requests": None,
+        "ports": {"80/tcp": [{"HostPort": ""}], "81/tcp": None, "82/tcp": [{"HostPort": "9000"}, {"HostPort": "1-2"}]},
+    }  # fmt: skip
+    monkeypatch.setattr(shell, "run", lambda _argv: shell.Output(0, json.dumps(raw), ""))
+    container = server.inspect_container()
+    assert container is not None
+    assert container["ports"] == [9000]
+
+
+def test_a_server_that_answers_health_and_then_nothing_is_not_judged_by_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def get(url: str, _key: str) -> tuple[int, bytes]:
+        if url.endswith("/health"):
+            return 200, b""
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(server, "_get", get)
+    api = server.probe_api({"command": ["m"], "ports": [{"published": "8000"}]}, placed=True)
+    assert (api["healthy"], api["error"]) == (False, "no answer from http://127.0.0.1:8000 (timed out)")
+
+
+@pytest.mark.parametrize(("finds", "problems"), [([["a", "b"], ["b"]], ["b"]), ([["a"], []], []), ([[]], [])])
+def test_only_what_two_looks_find_stands_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, finds: list[list[str]], problems: list[str]
+) -> None:
+    """What changes between two reads of one look, as a server that dies, is no problem of the host."""
+    monkeypatch.setattr(server, "read_cards", lambda *_: None)
+    monkeypatch.setattr(server, "compare_files", lambda _: [])
+    monkeypatch.setattr(server, "read_service", lambda *_: ({}, "hash"))
+    monkeypatch.setattr(preflight, "problems", lambda *_: iter(finds.pop(0)))
+    wanted = {"project_dir": "/nowhere", "env": {}, "secrets": {}}
+    assert server.read("1", wanted, preflight=True)["problems"] == problems
+    assert finds == []
+
+
+def test_docker_is_the_hosts_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "tcp://elsewhere:2375")
+    monkeypatch.setenv("DOCKER_CONTEXT", "elsewhere")
+    said = shell.run(["sh", "-c", "echo $DOCKER_HOST $DOCKER_CONTEXT"]).out
+    assert said == "unix:///var/run/docker.sock\n"
 
 
 def test_a_command_that_does_not_exist_or_end() -> None:

@@ -80,7 +80,7 @@ def test_it_ends_at_once(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any
 
 def test_restarts_of_the_container_before_are_old_news(monkeypatch: pytest.MonkeyPatch) -> None:
     again = look(container={"restarts": 3})
-    before = {"id": "c1", "restarts": 3, "health": "starting"}
+    before = {"id": "c1", "restarts": 3, "was_ready": False}
     assert wait(monkeypatch, [again, look(proven=True)], before=before)["proven"]
 
 
@@ -90,12 +90,12 @@ def test_a_server_that_was_found_dying_is_waited_for_once(monkeypatch: pytest.Mo
             look(container={"status": status, "restarts": restarts}) for status in ("restarting", "running")
         ]
 
-    before = {"id": "c1", "restarts": 3, "health": "healthy"}
+    before = {"id": "c1", "restarts": 3, "was_ready": True}
     assert wait(monkeypatch, [look(), *died(4), look(proven=True)], before=before)["proven"]
     result = wait(monkeypatch, [*died(4), *died(5)], before=before)
     assert "The server died" in result["msg"]
     # One that never came up gets no second chance, nor does one that nothing brings back.
-    assert "The server died" in wait(monkeypatch, died(4), before={**before, "health": "starting"})["msg"]
+    assert "The server died" in wait(monkeypatch, died(4), before={**before, "was_ready": False})["msg"]
     gone = look(container={"status": "exited"})
     assert "The server died" in wait(monkeypatch, [look(), gone], before=before)["msg"]
 
