@@ -142,7 +142,7 @@ smi_problem() { # what a call of nvidia-smi that failed, or that was not underst
   split "$err"$'\n'"$out"
   case $rc:$out$err in
     124:*) problem nvidia_smi_timeout "nvidia-smi gave no answer within $limit s; a card may have fallen off the bus." \
-      "Look for 'Xid' or 'fallen off the bus' in 'dmesg'; a reboot usually helps." ;;
+      "Look for 'Xid' or 'fallen off the bus' in 'dmesg'; a reboot usually helps. If it is only slow: 'systemctl enable --now nvidia-persistenced'." ;;
     *'Driver/library version mismatch'*) problem driver_library_mismatch \
       'The loaded NVIDIA driver and its libraries have different versions (an update without a reboot).' \
       'Reboot, or reload the nvidia kernel modules.' ;;
