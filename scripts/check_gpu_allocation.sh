@@ -161,9 +161,18 @@ smi_problem() { # what a call of nvidia-smi that failed, or that was not underst
   return 1
 }
 
+finish_smi() { # HANDLE: as finish, looking past a damaged infoROM (code 14), with which a card works all the same
+  local line
+  finish "$1"
+  [[ $rc == 14 ]] || return 0
+  split "$out"
+  rc=0 out=''
+  for line in "${lines[@]}"; do [[ $line == 'WARNING: infoROM'* ]] || out+=$line$'\n'; done
+}
+
 read_gpus() { # HANDLE
   local line n=0 form="^$NUMBER, *(GPU-[0-9A-Za-z-]+), *([0-9A-Fa-f:]+\.[0-7]), *$MEMORY, *$MEMORY, *([^,]*), *(.+)\$"
-  finish "$1"
+  finish_smi "$1"
   split "$out"
   ((rc || ${#lines[@]})) || rc=6
   [[ $rc != 0 || $out$err == *'No devices were found'* ]] && { smi_problem; return; }
@@ -178,7 +187,7 @@ read_gpus() { # HANDLE
 
 read_apps() { # HANDLE: the processes on the cards
   local line mig=0
-  finish "$1"
+  finish_smi "$1"
   [[ $out == *'No running processes found'* ]] && out=''
   ((rc)) && { smi_problem; return; }
   split "$out"

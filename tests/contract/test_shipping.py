@@ -22,7 +22,7 @@ def test_the_execution_environment_can_be_built_from_its_definition(tmp_path: Pa
     subprocess.run([str(builder), *words], check=True, capture_output=True)
     text = (tmp_path / "Containerfile").read_text(encoding="utf-8")
     assert "FROM $EE_BASE_IMAGE" in text
-    assert "ansible-core<2.20 ansible-runner" in text.replace('"', "").replace("'", "")
+    assert "ansible-core<2.22 ansible-runner" in text.replace('"', "").replace("'", "")
     assert "community.docker" in (tmp_path / "_build/requirements.yml").read_text(encoding="utf-8")
 
 

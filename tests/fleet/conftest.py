@@ -54,7 +54,7 @@ class Fleet:
                 del hosts[name]
             else:
                 hosts[name] = {**hosts.get(name, {}), **more}
-        path = self.folder / "hosts.yml"
+        path = self.folder / "the hosts.yml"
         path.write_text(yaml.safe_dump(listing), encoding="utf-8")
         return path
 

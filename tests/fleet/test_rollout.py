@@ -88,6 +88,13 @@ def test_a_plan_touches_nothing(fleet: Fleet) -> None:
     assert plan.report == {}
 
 
+def test_a_plan_that_is_stopped_is_no_plan(fleet: Fleet) -> None:
+    fleet.hosts["fleet1"].fault("nvidia_smi=hang")
+    plan = fleet.rollout("--check", at=("fleet1", "preflight"), act=interrupt)
+    assert plan.code == 130
+    assert not [event for event in plan.events if event["event"] == "check"]
+
+
 def test_the_canary_fails(fleet: Fleet) -> None:
     before = fleet.containers()[1:]
     done = fleet.rollout(inventory=fleet.inventory(fleet1=BAD))

@@ -600,6 +600,15 @@ def test_docker_inspect_is_not_understood(host: Host, out: str) -> None:
     assert (data["cause"], data["container"]) == ("docker_unparsable", None)
 
 
+@pytest.mark.parametrize("warning", ["", "WARNING: infoROM is corrupted at gpu 0000:B3:00.0\n"])
+def test_a_card_whose_inforom_is_damaged_works_all_the_same(host: Host, warning: str) -> None:
+    for call in ("nvidia-smi.gpus", "nvidia-smi.apps"):
+        host.says(call, (host.path / call).read_text() + warning, rc=14)
+    assert host.judge()["verdict"] == "ok"
+    host.says("nvidia-smi.gpus", "something else\n", rc=14)
+    assert host.judge()["cause"] == "nvidia_smi_unparsable"
+
+
 def test_still_loading(host: Host) -> None:
     host.apps()
     started = time.strftime("%Y-%m-%dT%H:%M:%S.123456789Z", time.gmtime(time.time() - 40))
