@@ -264,7 +264,7 @@ docker_problem() { # what a call of docker that failed means
       "Use sudo, or have the user added to the group 'docker'." ;;
     *'cannot connect to the docker daemon'* | *'failed to connect to the docker api'* | *'connection refused'*)
       problem engine_not_running 'The Docker engine is not running, or not reachable from here.' \
-        "'systemctl start docker' starts it; otherwise look at DOCKER_HOST and 'docker context ls'." ;;
+        "'systemctl start docker' starts it; by hand, look at DOCKER_HOST and 'docker context ls', too (the role asks /var/run/docker.sock only)." ;;
     *) problem docker_failed "docker failed (exit code $rc): ${lines[0]:-it said nothing}" "Run 'docker ps' by hand." ;;
   esac
 }

@@ -19,9 +19,9 @@ PATH = "/run/vllm_gpu.lock"
 # How long a lease lasts: long enough for the longest step that doesn't renew it
 # (besides the grace period of the old container, which is added); while the play
 # only waits, and renews it with every look, short, so that a killed one is soon
-# forgotten. Seconds.
+# forgotten, and yet longer than a look at a slow host. Seconds.
 STEP = 90
-RENEWAL = 30
+RENEWAL = 45
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def check_memory(asked: Asked) -> Optional[str]:
 
 def check_training(asked: Asked) -> Optional[str]:
     """The card isn't set aside for training."""
-    gpu, training = asked.state["gpu"], {str(one).lower() for one in asked.training_gpus}
+    gpu, training = asked.state["gpu"], {str(one).strip().lower() for one in asked.training_gpus} - {""}
     odd = sorted(
         one for one in training if not re.match(r"\d+\Z|(gpu|mig)-.|[0-9a-f:]+:[0-9a-f]{2}\.[0-7]\Z", one)
     )
@@ -168,7 +168,7 @@ def check_training(asked: Asked) -> Optional[str]:
 def is_divided(gpu: Mapping[str, Any]) -> bool:
     """Say whether a whole card is in MIG mode; a driver that is too old for the question has none."""
     query = ["nvidia-smi", "--id={0}".format(gpu["uuid"]), "--query-gpu=mig.mode.current"]
-    return shell.run([*query, "--format=csv,noheader"]).out.strip() == "Enabled"
+    return "Enabled" in shell.run([*query, "--format=csv,noheader"]).out.splitlines()
 
 
 def check_mig(asked: Asked) -> Optional[str]:

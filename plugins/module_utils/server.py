@@ -419,10 +419,12 @@ def probe_api(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
             raise Problem("/v1/models answers without the API key that .env sets")
     except Problem as problem:
         result["error"] = str(problem)
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException) as error:
         # Also where only /v1/models gave none: that is no word about what is served.
         reason = getattr(error, "reason", error)
         result.update(healthy=False, error="no answer from {0} ({1})".format(url, reason))
+    except (ValueError, KeyError, TypeError) as error:
+        result["error"] = "/v1/models answers with no list of models ({0})".format(error)
     return result
 
 
@@ -484,8 +486,8 @@ def check_container(container: Optional[Mapping[str, Any]], seen: Mapping[str, A
     """Raise Problem for a container that the referee has just `seen` and that is gone, and for a frozen one."""
     if container is None and (seen["code"] in (0, 1) or seen["cause"] == "no_process_yet"):
         raise Problem(
-            "The container {0} was there a moment ago, and docker shows it no more. Look what the engine is doing "
-            "(`systemctl status docker`), and run the play again.".format(CONTAINER)
+            "The container {0} was there a moment ago, and docker shows it no more: somebody is replacing it, or the "
+            "engine is stopping (`systemctl status docker`). Run the play again.".format(CONTAINER)
         )
     if container and container["status"] == "paused":
         raise Problem("The container {0} is paused. Let it go on with: docker unpause {0}".format(CONTAINER))
@@ -589,8 +591,10 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         for key in exported_secrets(wanted)
     )
     problems.extend(
-        "{0} is shorter than {1} characters, or stands in another setting (model, image, path …). Choose a random one, "
-        "such as `openssl rand -hex 24` prints.".format(key, _SHORTEST_SECRET)
+        "{0} is shorter than {1} characters, or stands in another setting (model, image, path …), so that it can't be "
+        "hidden. Give the right one; for an API key, a random one such as `openssl rand -hex 24` prints.".format(
+            key, _SHORTEST_SECRET
+        )
         for key in weak_secrets(wanted)
     )
     last = record.load(wanted["project_dir"], "current")
@@ -606,6 +610,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         known_hash = same.record.get("config_hash") if same else None
         service, config_hash = read_service(files, wanted, state, known_hash)
     except Problem as problem:
+        if not problems and not options.get("again"):
+            return read(gpu_device_id, asked, again=True, **options)
         problems.append(str(problem))
         return state
     state["doubts"] = doubts(state)

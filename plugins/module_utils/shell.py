@@ -10,7 +10,12 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 # The engine of this very host, wherever the user's environment or Docker context
 # points: the cards that nvidia-smi lists are of no other. The role's tasks that
 # call docker have the same from vars/main.yml.
-ENGINE = {"DOCKER_HOST": "unix:///var/run/docker.sock", "DOCKER_CONTEXT": ""}
+ENGINE = {
+    "DOCKER_HOST": "unix:///var/run/docker.sock",
+    "DOCKER_CONTEXT": "",
+    "DOCKER_TLS": "",
+    "DOCKER_TLS_VERIFY": "",
+}
 
 # One call of the docker CLI; seconds. An engine that takes longer is stuck.
 TIMEOUT = 20

@@ -95,10 +95,11 @@ def main() -> None:
         try:
             lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
         except OSError as error:
+            cure = "Mend that, and run the play again."
+            if isinstance(error, PermissionError):
+                cure = "The play must be root on this host: add -K for sudo's password, or log in as root."
             module.fail_json(
-                run=run,
-                msg="{0} can't be written: {1}. The play must be root on this host: add -K to have sudo ask for the "
-                "password, or log in as root.".format(lock.PATH, error.strerror),
+                run=run, msg="{0} can't be written: {1}. {2}".format(lock.PATH, error.strerror, cure)
             )
         if lease is None:
             break

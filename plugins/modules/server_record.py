@@ -173,12 +173,13 @@ def main() -> None:
     )
     params = module.params
     try:
-        # What comes next may stop a server, which takes its time.
-        grace = (server.inspect_container() or {}).get("stop_timeout", 0)
-        if params["lock"] and not lock.renew(params["lock"], lock.STEP + grace):
-            raise server.Problem(
-                "Another play has taken over this server's change; this one has recorded nothing."
-            )
+        if params["lock"]:
+            # What comes next may stop a server, which takes its time.
+            grace = (server.inspect_container() or {}).get("stop_timeout", 0)
+            if not lock.renew(params["lock"], lock.STEP + grace):
+                raise server.Problem(
+                    "Another play has taken over this server's change; this one has recorded nothing."
+                )
         if params["state"] == "saved":
             result = save(module, params["project_dir"], params["proof"])
         else:

@@ -10,7 +10,8 @@ description:
   - Looks at the host again and again with M(mlops.vllm_gpu.server_info) until the wanted server
     runs on the wanted GPU and no other, and its API answers.
   - Goes on while a model loads, and shows what it is waiting for and for how long.
-  - Ends at once, with the last lines of its log, when the container dies or is on another GPU.
+  - Ends at once, with the last lines of its log, when the container dies or is on another GPU. Only one that was
+    there and well before may be brought back by its restart policy, once.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
@@ -22,7 +23,9 @@ options:
     type: dict
     required: true
   before:
-    description: The container as it was before the server was brought up; its old restarts don't count.
+    description: >-
+      The container as M(mlops.vllm_gpu.server_info) returned it before the server was brought up; its old restarts
+      don't count.
     type: dict
   force:
     description: As for M(mlops.vllm_gpu.server_info).

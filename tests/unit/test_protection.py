@@ -218,6 +218,12 @@ def test_an_instance_of_a_training_card() -> None:
     assert preflight.check_training(asked(gpu=instance, training=["GPU-1"])) is not None
 
 
+def test_nothing_is_set_aside_by_an_empty_text() -> None:
+    """As Ansible makes a list of `-e vllm_gpu_training_gpus=` or `="1, 3"`."""
+    assert preflight.check_training(asked(training=[""])) is None
+    assert preflight.check_training(asked(training=["0", " 1"])) is not None
+
+
 @pytest.mark.parametrize(
     "one", ["2460.0", "GPU 1", "rtx", "GPU-", "-1"]
 )  # the first is 0000:41:00.0 without quotes
@@ -237,7 +243,7 @@ INSTANCE = "  MIG 1g.18gb     Device  0: (UUID: MIG-41b3359c-e721-56e5-8009-12e5
     [
         (
             "GPU-1",
-            "Enabled\n",
+            "Enabled\nWARNING: infoROM is corrupted at gpu 0000:B3:00.0\n",
             LISTED + INSTANCE,
             "gpu_device_id (MIG-41b3359c-e721-56e5-8009-12e5797ed514, 1g.18gb), or",
         ),

@@ -172,6 +172,15 @@ def test_a_server_that_answers_health_and_then_nothing_is_not_judged_by_that(
     assert (api["healthy"], api["error"]) == (False, "no answer from http://127.0.0.1:8000 (timed out)")
 
 
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"hello"])
+def test_an_answer_that_is_no_list_of_models_is_one(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    """So that nobody waits for a program that will never say anything else."""
+    monkeypatch.setattr(server, "_get", lambda *_: (200, body))
+    api = server.probe_api({"command": ["m"], "ports": [{"published": "8000"}]}, placed=True)
+    assert api["healthy"]
+    assert api["error"].startswith("/v1/models answers with no list of models")
+
+
 @pytest.mark.parametrize(("finds", "problems"), [([["a", "b"], ["b"]], ["b"]), ([["a"], []], []), ([[]], [])])
 def test_only_what_two_looks_find_stands_in_the_way(
     monkeypatch: pytest.MonkeyPatch, finds: list[list[str]], problems: list[str]
