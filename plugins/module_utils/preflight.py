@@ -218,25 +218,13 @@ def check_port(asked: Asked) -> Optional[str]:
     status = container["status"] if container and port in container["ports"] else ""
     if status == "running":
         return None
-    reason: Optional[str] = None
     # While its restart policy brings it back, listening there for a moment could end that for good.
-    if status != "restarting":
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address, port))
-                probe.listen(1)
-            except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:
-                    return (
-                        "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(
-                            address
-                        )
-                    )
-                reason = error.strerror
-            else:
-                return None
+    busy = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    error = busy if status == "restarting" else try_to_listen(address, port)
+    if error is None:
+        return None
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(address)
     program, pid = listener(port)
     names = publishers(port) if program in _ENGINE else []
     if status == "restarting" and not names and program in ("", *_ENGINE):
@@ -246,8 +234,21 @@ def check_port(asked: Asked) -> Optional[str]:
     else:
         who, cure = ": {0} (pid {1}) does".format(program, pid) if program else "", "End that program"
     return "Port {0} on {1} can't be listened on ({2}){3}. {4}, or choose another vllm_gpu_port.".format(
-        port, address, reason or os.strerror(errno.EADDRINUSE), who, cure
+        port, address, error.strerror, who, cure
     )
+
+
+def try_to_listen(address: str, port: int) -> Optional[OSError]:
+    """Listen on a TCP port for a moment; return why that can't be done, or None."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except OSError as error:
+            return error
+    return None
 
 
 def publishers(port: int) -> List[str]:

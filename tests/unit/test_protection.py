@@ -224,9 +224,8 @@ def test_nothing_is_set_aside_by_an_empty_text() -> None:
     assert preflight.check_training(asked(training=["0", " 1"])) is not None
 
 
-@pytest.mark.parametrize(
-    "one", ["2460.0", "GPU 1", "rtx", "GPU-", "-1"]
-)  # the first is 0000:41:00.0 without quotes
+# The first one is 0000:41:00.0 without its quotes.
+@pytest.mark.parametrize("one", ["2460.0", "GPU 1", "rtx", "GPU-", "-1"])
 def test_a_training_card_that_is_none(one: str) -> None:
     problem = preflight.check_training(asked(training=["0", one]))
     assert problem is not None
