@@ -15,6 +15,8 @@ import os
 import time
 from typing import Any, Dict, Iterator, Optional
 
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+
 PATH = "/run/vllm_gpu.lock"
 # How long a lease lasts: long enough for the longest step that doesn't renew it
 # (besides the grace period of the old container, which is added); while the play
@@ -68,6 +70,34 @@ def renew(run: str, seconds: int = RENEWAL) -> bool:
             return False
         _write(descriptor, dict(lease, renewed=now, until=now + seconds))
         return True
+
+
+@contextlib.contextmanager
+def holding(run: Optional[str], seconds: int = STEP) -> Iterator[None]:
+    """Keep every other play out for as long as the block runs; without a `run`, do nothing.
+
+    The lease is checked and the change made under one hold of the file's lock, so
+    that a play that stalled until its lease lapsed can't write over the next one's
+    server. The lease lasts `seconds` from the end of the block.
+
+    Raises Problem where the lease of `run` is no longer its own.
+    """
+    if run is None:
+        yield
+        return
+    with _opened() as descriptor:
+        lease = _read(descriptor)
+        if lease.get("run") != run:
+            raise Problem(
+                "Another play ({0}) has taken this host's lock, because this one had stalled. Nothing more was "
+                "changed here. Check the server with playbooks/verify.yml, and run this play again if it is "
+                "still needed.".format(lease.get("who") or "which has ended by now")
+            )
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            _write(descriptor, dict(lease, renewed=now, until=now + seconds))
 
 
 def release(run: str) -> bool:

@@ -17,6 +17,7 @@ import urllib.request
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 COMPOSE_FILE = "docker-compose.serving.yml"
 ENV_FILE = ".env"
@@ -82,10 +83,6 @@ class FileChange(NamedTuple):
     after: bytes
     mode: int
     differs: bool
-
-
-class Problem(Exception):  # noqa: N818 - it is a finding, for a person
-    """A reason not to touch the host, with its cure, as one text for a person."""
 
 
 def describe(gpus: Sequence[Mapping[str, Any]]) -> str:

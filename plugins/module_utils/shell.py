@@ -21,6 +21,10 @@ ENGINE = {
 TIMEOUT = 20
 
 
+class Problem(Exception):  # noqa: N818 - it is a finding, for a person
+    """A reason not to touch the host, with its cure, as one text for a person."""
+
+
 class Output(NamedTuple):
     """What a command left behind; `code` is None when it ran into its time limit."""
 
