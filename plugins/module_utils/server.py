@@ -17,7 +17,7 @@ import urllib.request
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
 
 COMPOSE_FILE = "docker-compose.serving.yml"
 ENV_FILE = ".env"
