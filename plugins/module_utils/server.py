@@ -186,7 +186,7 @@ def installed_files(directory: str) -> List[FileChange]:
 def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
     """Return the three files as they are and as they should be, `.env` merged."""
     directory = wanted["project_dir"]
-    changes = []
+    changes: List[FileChange] = []
     for name, content, mode in (
         (COMPOSE_FILE, wanted["compose"], 0o644),
         (ENV_FILE, None, 0o600),
