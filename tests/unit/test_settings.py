@@ -98,7 +98,22 @@ def test_shares_of_memory(share: object) -> None:
 
 @pytest.mark.parametrize(
     "share",
-    ["0", "0.0", "1.01", "-0.5", "nan", "inf", "1e-400", "90%", "0,9", " 0.9", "0.9 ", "0.9_0", "٠.٩", "1e"],
+    [
+        "0",
+        "0.0",
+        "1.01",
+        "-0.5",
+        "nan",
+        "inf",
+        "1e-400",
+        "90%",
+        "0,9",
+        " 0.9",
+        "0.9 ",
+        "0.9_0",
+        "\u0660.\u0669",
+        "1e",
+    ],
 )
 def test_what_is_no_share_of_memory(share: str) -> None:
     assert f"vllm_gpu_memory_utilization is {share}; it must be a number above 0" in (
