@@ -12,7 +12,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
 
 # As record.write_whole() names a file until it is whole.
 _TEMPORARY = re.compile(r"\.vllm_gpu\.[a-z0-9_]{8}\Z")
-# A copy that acceptance.yml made until 0.2.
+# A copy that earlier versions of acceptance.yml made.
 _KEPT = record.KEEP + ".kept"
 _LINKS = ("current", "previous")
 

@@ -45,12 +45,7 @@ def find() -> List[Container]:
     Raises Problem where docker doesn't answer: that doesn't mean that there is none.
     """
     ids = _docker("ps", "--all", "--quiet", "--no-trunc", "--filter", "name=" + _NAME).split()
-    try:
-        return [_container(one) for one in json.loads(_docker("inspect", *ids))] if ids else []
-    except Problem as problem:
-        if "no such" not in str(problem).lower():
-            raise
-        return find()  # one has gone since
+    return [_container(one) for one in json.loads(_docker("inspect", *ids))] if ids else []
 
 
 def _container(raw: Mapping[str, Any]) -> Container:
@@ -103,11 +98,12 @@ def remove(containers: Sequence[Container]) -> None:
         # Each may say that it is gone already; what counts is what docker shows afterwards.
         shell.run(["docker", "stop", one.id], timeout=one.stop_timeout + _STOPPING)
         said = shell.run(["docker", "rm", "--force", one.id], timeout=_STOPPING).err
-    ids = [one.id for one in containers]
-    left = [one.name for one in find() if one.id in ids]
+    left = [one.name for one in find()]
     if left:
         raise Problem(
-            "{0} could not be removed: {1}".format(" and ".join(left), said or "docker gave no reason")
+            "There is still a container {0} on this host: {1}".format(
+                " and ".join(left), said or "another program has made it anew. Run the play again."
+            )
         )
     for project in sorted({one.project for one in containers if one.project}):
         _remove_network(project)

@@ -15,7 +15,7 @@ description:
   - With O(files), also removes the files of the service and every copy of its secrets. Keys of C(.env) that are not
     the role's stay, and so does every other file in the directory.
 author: vllm_gpu maintainers (@mlops)
-version_added: 0.2.0
+version_added: 0.1.0
 options:
   project_dir:
     description: Directory of the Compose project on the host.
@@ -120,7 +120,8 @@ def service_files(directory: str) -> List[str]:
 
 def is_ours(directory: str) -> bool:
     """Say whether the role has written to the directory: `.env` and a compose file alone may be anybody's."""
-    return any(os.path.lexists(os.path.join(directory, one)) for one in (server.REFEREE, record.KEEP))
+    marks = [os.path.join(directory, name) for name in (server.REFEREE, record.KEEP)]
+    return any(map(os.path.lexists, marks)) or bool(leftovers.leftovers(directory))
 
 
 def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
@@ -152,7 +153,7 @@ def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
 def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) -> str:
     """Say what was, or would be, removed and kept."""
     if not removed:
-        return "There was nothing to remove: no vLLM server is on this host, and {0} has no files of one.".format(
+        return "There was nothing to remove: no vLLM server is on this host, and no files of this role are in {0}.".format(
             module.params["project_dir"]
         )
     would = "would be " if module.check_mode else ""

@@ -13,7 +13,7 @@ description:
   - Holds the host's lock for as long as that takes, so that no other play changes the server meanwhile.
   - A server that was started from the same directory in another of O(projects) is removed first, as both have one name.
 author: vllm_gpu maintainers (@mlops)
-version_added: 0.2.0
+version_added: 0.1.0
 options:
   project_dir:
     description: Directory of the Compose project on the host.
