@@ -50,7 +50,7 @@ def _hold(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(wait: float = _MOMENT, run: Optional[str] = None) -> Iterator[int]:
+def _opened(wait: float, run: Optional[str] = None) -> Iterator[int]:
     """Open the file and hold its flock; raise _Busy after `wait` seconds, or once the lease isn't that of `run`."""
     descriptor = os.open(PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -86,7 +86,7 @@ def take(run: str, who: str, *, again: bool = False) -> Optional[Dict[str, Any]]
     host's clock changes nothing.
     """
     try:
-        with _opened() as descriptor:
+        with _opened(_MOMENT) as descriptor:
             lease, now = _read(descriptor), time.monotonic()
             if lease.get("run", run) != run and (again or lease.get("until", 0) > now):
                 return lease
@@ -99,7 +99,7 @@ def take(run: str, who: str, *, again: bool = False) -> Optional[Dict[str, Any]]
 def renew(run: str, seconds: int = RENEWAL) -> bool:
     """Let the lease of `run` last from now on; False when another play has taken it."""
     try:
-        with _opened() as descriptor:
+        with _opened(_MOMENT) as descriptor:
             lease, now = _read(descriptor), time.monotonic()
             if lease.get("run") != run:
                 return False
@@ -161,7 +161,7 @@ def release(run: str) -> bool:
     The lease stays, as one that has lapsed: it tells a play that had stalled who has had the lock since.
     """
     try:
-        with _opened() as descriptor:
+        with _opened(_MOMENT) as descriptor:
             lease, now = _read(descriptor), time.monotonic()
             if lease.get("run") != run:
                 return False

@@ -68,18 +68,18 @@ def _container(raw: Mapping[str, Any]) -> Container:
 def check_owner(containers: Sequence[Container], projects: Sequence[str], project_dir: str) -> None:
     """Raise Problem for a container that was not started from `project_dir` in one of `projects`."""
     for one in containers:
+        cure = "docker rm -f " + one.name
         if one.project is None:
-            owner, cure = "It belongs to no Compose project.", "docker rm -f {0}".format(one.name)
-        elif os.path.realpath(one.project_dir or "/") != os.path.realpath(project_dir):
-            owner = "It was started from {0}, not from {1}, in the Compose project {2}.".format(
-                one.project_dir, project_dir, one.project
+            owner = "It belongs to no Compose project."
+        elif one.project not in projects:
+            owner = "It belongs to the Compose project {0}, which was started from {1}.".format(
+                one.project, one.project_dir
             )
+        elif os.path.realpath(one.project_dir or "/") != os.path.realpath(project_dir):
+            owner = "It was started from {0}, not from {1}.".format(one.project_dir, project_dir)
             cure = "ansible-playbook playbooks/teardown.yml -e vllm_gpu_project_dir={0}".format(
                 one.project_dir
             )
-        elif one.project not in projects:
-            owner = "It belongs to the Compose project {0}, not to {1}.".format(one.project, projects[0])
-            cure = "docker compose --project-name {0} down".format(one.project)
         else:
             continue
         raise Problem(
