@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell, trust
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
 
 COMPOSE_FILE = "docker-compose.serving.yml"
@@ -151,16 +151,10 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
 
 def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
     """Return a file's bytes, mode and owner, or (None, 0, 0) where there is none."""
-    try:
-        with open(path, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            return stream.read(), stat.S_IMODE(status.st_mode), status.st_uid
-    except FileNotFoundError:
+    found = trust.read(path)
+    if found is None:
         return None, 0, 0
-    except OSError as error:
-        raise Problem(
-            "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
-        ) from error
+    return found.content, stat.S_IMODE(found.status.st_mode), found.status.st_uid
 
 
 def installed_files(directory: str) -> List[FileChange]:
@@ -530,6 +524,25 @@ def read_service(
     return service, config_hash
 
 
+def read_running(state: Dict[str, Any]) -> None:
+    """Judge the container by what it was made from."""
+    found = state["container"] = inspect_container()
+    check_container(found, state["referee"])
+    if found is None:
+        return
+    raw = json.loads(shell.run(["docker", "inspect", CONTAINER]).out)[0]
+    bound = [(one["HostIp"], one["HostPort"]) for all_ in (raw["HostConfig"]["PortBindings"] or {}).values() for one in all_]
+    service = {
+        "command": raw["Config"]["Cmd"],
+        "environment": dict(one.partition("=")[::2] for one in raw["Config"]["Env"]),
+        "ports": [{"host_ip": ip, "published": port} for ip, port in bound],
+    }
+    state["image"] = found["image"]
+    state["recreate"] = False
+    if found["status"] == "running":
+        state["api"] = probe_api(service, placed=state["referee"]["code"] == 0)
+
+
 def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any) -> Dict[str, Any]:
     """Take the one look: what is there, what is wanted, and what would change.
 
@@ -594,10 +607,19 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         )
         for key in weak_secrets(wanted)
     )
-    last = record.load(wanted["project_dir"], "current")
+    try:
+        last = record.load(wanted["project_dir"], "current")
+    except Problem as problem:
+        last = None
+        problems.append(str(problem))
     state["last_proven"] = last.record if last else None
     as_installed = options.get("as_installed", False)
     try:
+        if options.get("as_running"):
+            read_running(state)
+            state["doubts"] = doubts(state)
+            state["proven"] = not problems and not state["doubts"]
+            return state
         files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
         state["files_differ"] = any(change.differs for change in files)
         state["changes"] = describe_changes([change for change in files if change.differs], wanted)

@@ -189,6 +189,7 @@ def main() -> None:
         argument_spec={
             "gpu_device_id": {"type": "str"},
             "as_installed": {"type": "bool", "default": False},
+            "as_running": {"type": "bool", "default": False},
             "preflight": {"type": "bool", "default": False},
             "force": {
                 "type": "list",
@@ -205,7 +206,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    options = {key: params[key] for key in ("as_installed", "preflight", "force", "training_gpus")}
+    options = {key: params[key] for key in ("as_installed", "as_running", "preflight", "force", "training_gpus")}
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
     grace = (state["container"] or {}).get("stop_timeout", 0)
     lease = lock.RENEWAL if params["waiting"] else lock.STEP + grace
