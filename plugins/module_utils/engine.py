@@ -62,7 +62,9 @@ def call(
         content = json.loads(text)
     if answer.status >= http.client.BAD_REQUEST:
         said = content.get("message", text) if isinstance(content, dict) else text
-        raise Problem("The Docker Engine refused {0} {1}: {2}".format(method, path.split("?")[0], said.strip()))
+        raise Problem(
+            "The Docker Engine refused {0} {1}: {2}".format(method, path.split("?")[0], said.strip())
+        )
     return content
 
 
@@ -94,7 +96,9 @@ def networks_of(container: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Return how a container was attached to each of its networks, without what the engine chose itself."""
     attached = {}
     for name, one in (container["NetworkSettings"].get("Networks") or {}).items():
-        endpoint = {key: one[key] for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority") if one.get(key)}
+        endpoint = {
+            key: one[key] for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority") if one.get(key)
+        }
         # Engines before 25 list the container's own short id here.
         aliases = [alias for alias in one.get("Aliases") or [] if alias != container["Id"][:12]]
         attached[name] = dict(endpoint, Aliases=aliases) if aliases else endpoint

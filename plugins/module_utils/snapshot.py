@@ -22,6 +22,7 @@ import urllib.parse
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine, record, shell, trust
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER, OWN_NAME, PROJECT
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 PATH = "/var/lib/vllm_gpu/before.json"
@@ -29,9 +30,6 @@ PATH = "/var/lib/vllm_gpu/before.json"
 _LARGEST = 16 << 20
 # All that a change may write in the project's directory, besides `.proven`.
 FILES = ("docker-compose.serving.yml", ".env", "server.env", "check_gpu_allocation.sh")
-CONTAINER = "vllm-server"
-# While Compose recreates a container, one of the two has the old one's id before its name.
-_OWN_NAME = re.compile(r"/?([0-9a-f]+_)?vllm-server\Z")
 _PROJECT = "com.docker.compose.project"
 _WORKING_DIR = "com.docker.compose.project.working_dir"
 _LINKS = ("current", "previous")
@@ -82,14 +80,14 @@ def drop() -> bool:
     return False
 
 
-def take(project_dir: str, project: str, images: Sequence[str], *, proven: bool) -> Dict[str, Any]:
+def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, Any]:
     """Keep the files, what the `images` mean, and the container, and return it all; nothing is written yet.
 
     A play that was killed in the middle of its change has left what it had kept: that
     is how the host was, and stays; only what it didn't know of is added. `proven`
     says that the server that runs is good by itself.
     """
-    found = dict(_as_found(project_dir, project, images), proven=proven)
+    found = dict(_as_found(project_dir, images), proven=proven)
     older = load()
     if older is not None and not _over(older, found, proven=proven):
         for kind in ("files", "links", "images"):
@@ -122,7 +120,7 @@ def _id(kept: Mapping[str, Any]) -> Optional[str]:
     return kept["container"]["Id"] if kept["container"] else None
 
 
-def _as_found(project_dir: str, project: str, images: Sequence[str]) -> Dict[str, Any]:
+def _as_found(project_dir: str, images: Sequence[str]) -> Dict[str, Any]:
     container = engine.call("GET", "/containers/{0}/json".format(CONTAINER))
     proven = os.path.join(project_dir, record.KEEP)
     states = [record.load(project_dir, which) for which in _LINKS]
@@ -131,10 +129,9 @@ def _as_found(project_dir: str, project: str, images: Sequence[str]) -> Dict[str
     if container:
         images.append(container["Config"]["Image"])
         attached = list(engine.networks_of(container))
-    networks = [one for one in engine.call("GET", "/networks") if _project(one) == project or one["Name"] in attached]
+    networks = [one for one in engine.call("GET", "/networks") if _is_ours(one) or one["Name"] in attached]
     return {
         "project_dir": project_dir,
-        "project": project,
         "taken_at": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "interrupted": "",
         "missing": _missing(proven),
@@ -143,7 +140,7 @@ def _as_found(project_dir: str, project: str, images: Sequence[str]) -> Dict[str
         "images": {image: _image_id(image) for image in images},
         "container": container,
         "networks": networks,
-        "volumes": _volumes(project),
+        "volumes": _volumes(),
     }
 
 
@@ -175,12 +172,12 @@ def _image_id(image: str) -> Optional[str]:
     return answer["Id"] if answer else None
 
 
-def _project(labelled: Mapping[str, Any]) -> Optional[str]:
-    return (labelled.get("Labels") or {}).get(_PROJECT)
+def _is_ours(network: Mapping[str, Any]) -> bool:
+    return (network.get("Labels") or {}).get(_PROJECT) == PROJECT
 
 
-def _volumes(project: str) -> List[str]:
-    listed = engine.call("GET", "/volumes", filters=engine.filters(label=_PROJECT + "=" + project))
+def _volumes() -> List[str]:
+    listed = engine.call("GET", "/volumes", filters=engine.filters(label=_PROJECT + "=" + PROJECT))
     return sorted(one["Name"] for one in listed["Volumes"] or [])
 
 
@@ -277,8 +274,8 @@ def restore_engine(kept: Mapping[str, Any]) -> Outcome:
         with done.step():
             _restore_image(image, wanted, done)
     with done.step():
-        _remove_others(kept, done)
-        _restore_networks(kept, done)
+        used = _remove_others(kept, done)
+        _restore_networks(kept, used, done)
         _restore_container(kept, done)
     return done
 
@@ -289,7 +286,9 @@ def _restore_image(image: str, wanted: Optional[str], done: Outcome) -> None:
         return
     tagged = shell.run(["docker", "image", "tag", wanted, image])
     if tagged.code != 0:
-        raise Problem("The name {0} can't be given back to its image {1}: {2}".format(image, wanted, tagged.err))
+        raise Problem(
+            "The name {0} can't be given back to its image {1}: {2}".format(image, wanted, tagged.err)
+        )
     done.restored.append("the image {0}".format(image))
 
 
@@ -299,7 +298,7 @@ def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
     return [
         one
         for one in listed
-        if any(_OWN_NAME.match(name) for name in one["Names"])
+        if any(OWN_NAME.match(name.lstrip("/")) for name in one["Names"])
         and (
             one["Id"] == _id(kept)
             or os.path.realpath(one["Labels"].get(_WORKING_DIR, "/")) == os.path.realpath(kept["project_dir"])
@@ -307,14 +306,18 @@ def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
     ]
 
 
-def _remove_others(kept: Mapping[str, Any], done: Outcome) -> None:
-    """Remove what the change has made in the container's place."""
+def _remove_others(kept: Mapping[str, Any], done: Outcome) -> List[str]:
+    """Remove what the change has made in the container's place; return the networks that it was on."""
+    networks: List[str] = []
     for one in _own_containers(kept):
         if one["Id"] == _id(kept):
             continue
-        engine.stop(one["Id"], stop_timeout(engine.call("GET", "/containers/{0}/json".format(one["Id"]))))
+        raw = engine.call("GET", "/containers/{0}/json".format(one["Id"]))
+        networks.extend(engine.networks_of(raw))
+        engine.stop(one["Id"], stop_timeout(raw))
         engine.call("DELETE", "/containers/{0}".format(one["Id"]), force="true")
         done.removed.append("the container that failed")
+    return networks
 
 
 def stop_timeout(container: Optional[Mapping[str, Any]]) -> int:
@@ -322,12 +325,13 @@ def stop_timeout(container: Optional[Mapping[str, Any]]) -> int:
     return int((container or {}).get("Config", {}).get("StopTimeout") or 10)
 
 
-def _restore_networks(kept: Mapping[str, Any], done: Outcome) -> None:
-    """Remove the networks that the change has made, and make those again that it has removed."""
+def _restore_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
+    """Remove the networks that the change has made for itself, and make those again that it has removed."""
     before = {one["Id"] for one in kept["networks"]}
-    now = engine.call("GET", "/networks")
-    for one in now:
-        if _project(one) != kept["project"] or one["Id"] in before:
+    for one in engine.call("GET", "/networks"):
+        if one["Id"] in before or not (
+            _is_ours(one) or (one["Name"] in used and _PROJECT in (one["Labels"] or {}))
+        ):
             continue
         if not engine.call("GET", "/networks/{0}".format(one["Id"])).get("Containers"):
             engine.call("DELETE", "/networks/{0}".format(one["Id"]))
@@ -388,4 +392,4 @@ def start() -> None:
 
 def new_volumes(kept: Mapping[str, Any]) -> List[str]:
     """Return the volumes that the change has made: they stay, as they may hold hours of downloads."""
-    return [name for name in _volumes(kept["project"]) if name not in kept["volumes"]]
+    return [name for name in _volumes() if name not in kept["volumes"]]

@@ -70,7 +70,11 @@ def read(path: str, largest: int = LARGEST) -> Optional[Found]:
             raise Problem("{0} is not a regular file. Move it away.".format(path))
         content = stream.read(largest + 1)
     if len(content) > largest:
-        raise Problem("{0} is larger than {1} MiB, too large for what it should be. Move it away.".format(path, largest >> 20))
+        raise Problem(
+            "{0} is larger than {1} MiB, too large for what it should be. Move it away.".format(
+                path, largest >> 20
+            )
+        )
     return Found(content, status)
 
 

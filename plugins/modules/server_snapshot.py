@@ -25,9 +25,6 @@ options:
   project_dir:
     description: Directory of the Compose project on the host; for O(state=taken).
     type: path
-  project:
-    description: Name of the Compose project; for O(state=taken).
-    type: str
   images:
     description: Names of images whose meaning to keep, besides those of the container and of what was proven.
     type: list
@@ -56,7 +53,6 @@ EXAMPLES = r"""
   mlops.vllm_gpu.server_snapshot:
     state: taken
     project_dir: /opt/vllm-gpu
-    project: vllm
     lock: "{{ __vllm_gpu_lock.run }}"
 """
 
@@ -106,9 +102,7 @@ _AWAY = 60
 
 def take(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Keep the host as it is, unless it could not be put back."""
-    kept = snapshot.take(
-        params["project_dir"], params["project"], params["images"], proven=params["proven"]
-    )
+    kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
     reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
     if reasons:
         raise Problem(
@@ -176,15 +170,18 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["taken", "restored", "started", "dropped"], "required": True},
+            "state": {
+                "type": "str",
+                "choices": ["taken", "restored", "started", "dropped"],
+                "required": True,
+            },
             "project_dir": {"type": "path"},
-            "project": {"type": "str"},
             "images": {"type": "list", "elements": "str", "default": []},
             "proven": {"type": "bool", "default": False},
             "force": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str"},
         },
-        required_if=[("state", "taken", ["project_dir", "project"])],
+        required_if=[("state", "taken", ["project_dir"])],
         supports_check_mode=True,
     )
     if module.check_mode:
