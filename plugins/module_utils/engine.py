@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The few calls of the Docker Engine API that its command line has no word for."""
+"""Create a container and a network like ones that were inspected: docker's command line has no word for that."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import socket
-import time
 import urllib.parse
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping
 
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import Unanswered
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import TIMEOUT, Problem
 
 SOCKET = "/var/run/docker.sock"
-# Of an answer; bytes. A container's description has some ten thousand.
-_LARGEST = 8 << 20
-
-
-class Unreachable(Problem):
-    """The engine doesn't answer at all; it may be restarting."""
+# Of an answer; bytes.
+_LARGEST = 1 << 20
 
 
 class _Connection(http.client.HTTPConnection):
@@ -28,74 +24,36 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(SOCKET)
 
 
-def call(
-    method: str,
-    path: str,
-    body: Optional[Mapping[str, Any]] = None,
-    timeout: float = TIMEOUT,
-    **query: Any,
-) -> Any:
-    """Return the engine's answer; None where it says that there is no such thing.
-
-    Raises Problem, with the engine's own words, where it refuses.
-    """
-    if query:
-        path += "?" + urllib.parse.urlencode(query)
-    connection = _Connection("localhost", timeout=timeout)
+def post(path: str, body: Mapping[str, Any]) -> Any:
+    """Return the engine's answer; Problem, with its own words, where it refuses."""
+    connection = _Connection("localhost", timeout=TIMEOUT)
     try:
-        headers = {"Content-Type": "application/json"}
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         text = answer.read(_LARGEST).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(
-            "The Docker Engine gave no answer ({0}). Check the Docker service: systemctl status docker".format(
-                error or type(error).__name__
+        raise Unanswered(
+            "The Docker Engine gave no answer at {0} ({1}). Check the Docker service: systemctl status docker".format(
+                SOCKET, error or type(error).__name__
             )
         ) from error
     finally:
         connection.close()
-    if answer.status == http.client.NOT_FOUND:
-        return None
-    content: Any = text
-    if "json" in (answer.getheader("Content-Type") or ""):
-        content = json.loads(text)
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError:
+        content = {}
     if answer.status >= http.client.BAD_REQUEST:
-        said = content.get("message", text) if isinstance(content, dict) else text
         raise Problem(
-            "The Docker Engine refused {0} {1}: {2}".format(method, path.split("?")[0], said.strip())
+            "The Docker Engine refused POST {0}: {1}".format(path, content.get("message") or text.strip())
         )
     return content
-
-
-def wait_until_it_answers(seconds: float) -> None:
-    """Wait while the engine is away, as during a restart; Unreachable where that takes longer."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            call("GET", "/_ping", timeout=min(TIMEOUT, max(1, deadline - time.monotonic())))
-        except Unreachable:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(1)
-        else:
-            return
-
-
-def filters(**wanted: str) -> str:
-    """Return the query that lists only what has these names or labels."""
-    return json.dumps({key: [value] for key, value in wanted.items()})
-
-
-def stop(container: str, grace: int) -> None:
-    """Stop a container as `docker stop` does; one that doesn't run stays as it is."""
-    call("POST", "/containers/{0}/stop".format(container), timeout=grace + TIMEOUT)
 
 
 def networks_of(container: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Return how a container was attached to each of its networks, without what the engine chose itself."""
     attached = {}
-    for name, one in (container["NetworkSettings"].get("Networks") or {}).items():
+    for name, one in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
         endpoint = {
             key: one[key] for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority") if one.get(key)
         }
@@ -129,15 +87,15 @@ def creation(container: Mapping[str, Any], image: str) -> Dict[str, Any]:
 
 def create(container: Mapping[str, Any], name: str, image: str) -> str:
     """Create a container like the inspected one, and return its id; it isn't started."""
-    made = str(call("POST", "/containers/create", creation(container, image), name=name)["Id"])
+    made = str(post("/containers/create?name=" + name, creation(container, image))["Id"])
     for network, endpoint in networks_of(container).items():
         if network not in (container["HostConfig"].get("NetworkMode"), "bridge", "host", "none"):
             body = {"Container": made, "EndpointConfig": endpoint}
-            call("POST", "/networks/{0}/connect".format(urllib.parse.quote(network, safe="")), body)
+            post("/networks/{0}/connect".format(urllib.parse.quote(network, safe="")), body)
     return made
 
 
 def create_network(network: Mapping[str, Any]) -> None:
     """Create a network like the inspected one."""
     keys = ("Name", "Driver", "Options", "Labels", "IPAM", "Internal", "Attachable", "EnableIPv6")
-    call("POST", "/networks/create", {key: network[key] for key in keys if key in network})
+    post("/networks/create", {key: network[key] for key in keys if key in network})

@@ -21,11 +21,15 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import trust
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 KEEP = ".proven"
+# How the host was before a change that hasn't ended (snapshot.py).
+BEFORE = "before.json"
 # How the name of a file that is being written starts.
 TEMPORARY = ".vllm_gpu."
 RECORD = "record.json"
 # Which card the index meant, for the referee, which reads no JSON: `INDEX UUID`.
 GPU = "gpu"
+# What is read of a record without asking whether it's there.
+_NEEDED = ("requested", "gpu", "image", "image_id", "models")
 
 
 class Proven(NamedTuple):
@@ -86,8 +90,12 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
     try:
         found = {name: trust.read(os.path.join(directory, name)) for name in os.listdir(directory)}
         files = {name: one.content for name, one in found.items() if one is not None}
-        made = dict(json.loads(files.pop(RECORD)))
+        made = json.loads(files.pop(RECORD))
+        if not isinstance(made, dict):
+            raise TypeError
         del files[GPU]
+        for key in _NEEDED:
+            made[key]
     except OSError as error:
         raise Problem(_unusable(link, "{0}: {1}".format(error.filename, error.strerror))) from error
     except KeyError as error:
@@ -126,7 +134,7 @@ def save(
     if current and not again:
         point(keep, "previous", current)
     point(keep, "current", os.path.basename(fresh))
-    used = {target(keep, "current"), target(keep, "previous"), "current", "previous"}
+    used = {target(keep, "current"), target(keep, "previous"), "current", "previous", BEFORE}
     for name in os.listdir(keep):
         if name not in used:
             shutil.rmtree(os.path.join(keep, name), ignore_errors=True)

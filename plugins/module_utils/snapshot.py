@@ -4,8 +4,9 @@
 What is kept: the files of the service (bytes, mode, owner, group and time; absence; a
 link as a link), the meaning of each image's name, and the container, by all that the
 engine knows of it, so that it can be made again whoever made it. It holds secrets, as
-`.env` does, so only root can read it. It outlives a reboot, which may come in the
-middle of a change, but not the change: what exists here is of one that hasn't ended.
+`.proven` does, where it is kept, so only root can read it. It outlives a reboot, which
+may come in the middle of a change, but not the change: what exists is of one that
+hasn't ended.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ import re
 import shutil
 import stat
 import time
-import urllib.parse
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine, record, shell, trust
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, engine, record, shell, trust
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER, OWN_NAME, PROJECT
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
-PATH = "/var/lib/vllm_gpu/before.json"
-# Of PATH; bytes. Each file in it has a limit of its own.
+# Of what is kept; bytes. Each file in it has a limit of its own.
 _LARGEST = 16 << 20
 # All that a change may write in the project's directory, besides `.proven`.
 FILES = ("docker-compose.serving.yml", ".env", "server.env", "check_gpu_allocation.sh")
@@ -47,7 +46,7 @@ class Outcome(NamedTuple):
         """Go on with the next thing where this one can't be put back."""
         try:
             yield
-        except engine.Unreachable:
+        except container.Unanswered:
             raise
         except Problem as problem:
             self.failed.append(str(problem))
@@ -58,9 +57,15 @@ class Outcome(NamedTuple):
 # --- keeping ------------------------------------------------------------------
 
 
-def load() -> Optional[Dict[str, Any]]:
+def path_in(project_dir: str) -> str:
+    """Return where it is kept."""
+    return os.path.join(project_dir, record.KEEP, record.BEFORE)
+
+
+def load(project_dir: str) -> Optional[Dict[str, Any]]:
     """Return what the change that hasn't ended has kept, or None."""
-    found = trust.read(PATH, _LARGEST)
+    path = path_in(project_dir)
+    found = trust.read(path, _LARGEST)
     if found is None:
         return None
     try:
@@ -68,16 +73,32 @@ def load() -> Optional[Dict[str, Any]]:
     except ValueError as error:
         raise Problem(
             "{0}, which says how this host was before a change that was interrupted, can't be read. Remove it with "
-            "`rm {0}`; then the host counts as it is now.".format(PATH)
+            "`rm {0}`; then the host counts as it is now.".format(path)
         ) from error
 
 
-def drop() -> bool:
-    """Forget what was kept; say whether there was anything."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(PATH)
-        return True
-    return False
+def save(kept: Mapping[str, Any]) -> None:
+    """Write down what is kept, for root's eyes only."""
+    path = path_in(kept["project_dir"])
+    os.makedirs(os.path.dirname(kept["project_dir"]), mode=0o755, exist_ok=True)
+    os.makedirs(kept["project_dir"], mode=0o755, exist_ok=True)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    trust.check(path)
+    record.write_whole(path, json.dumps(kept).encode(), 0o600)
+
+
+def drop(project_dir: str) -> List[str]:
+    """Forget what was kept; return the directories that it was kept in and that are empty without it."""
+    kept = load(project_dir)
+    if kept is None:
+        return []
+    os.unlink(path_in(project_dir))
+    removed = []
+    for directory in sorted(kept["missing"], key=len, reverse=True):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+            removed.append(directory)
+    return removed
 
 
 def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, Any]:
@@ -88,7 +109,7 @@ def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, 
     says that the server that runs is good by itself.
     """
     found = dict(_as_found(project_dir, images), proven=proven)
-    older = load()
+    older = load(project_dir)
     if older is not None and not _over(older, found, proven=proven):
         for kind in ("files", "links", "images"):
             found[kind].update(older[kind])
@@ -96,13 +117,6 @@ def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, 
         merged = {kind: found[kind] for kind in ("files", "links", "images")}
         return dict(older, missing=sorted(missing), interrupted=older["taken_at"], **merged)
     return found
-
-
-def save(kept: Mapping[str, Any]) -> None:
-    """Write down what is kept, for root's eyes only."""
-    os.makedirs(os.path.dirname(PATH), mode=0o700, exist_ok=True)
-    trust.check(PATH)
-    record.write_whole(PATH, json.dumps(kept).encode(), 0o600)
 
 
 def _over(older: Mapping[str, Any], found: Mapping[str, Any], *, proven: bool) -> bool:
@@ -121,15 +135,14 @@ def _id(kept: Mapping[str, Any]) -> Optional[str]:
 
 
 def _as_found(project_dir: str, images: Sequence[str]) -> Dict[str, Any]:
-    container = engine.call("GET", "/containers/{0}/json".format(CONTAINER))
+    found = container.inspect()
     proven = os.path.join(project_dir, record.KEEP)
     states = [record.load(project_dir, which) for which in _LINKS]
     images = [*images, *(state.record["image"] for state in states if state)]
     attached: List[str] = []
-    if container:
-        images.append(container["Config"]["Image"])
-        attached = list(engine.networks_of(container))
-    networks = [one for one in engine.call("GET", "/networks") if _is_ours(one) or one["Name"] in attached]
+    if found:
+        images.append(found["Config"]["Image"])
+        attached = list(engine.networks_of(found))
     return {
         "project_dir": project_dir,
         "taken_at": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
@@ -137,9 +150,9 @@ def _as_found(project_dir: str, images: Sequence[str]) -> Dict[str, Any]:
         "missing": _missing(proven),
         "files": {path: _file(path) for path in (os.path.join(project_dir, name) for name in FILES)},
         "links": {os.path.join(proven, which): record.target(proven, which) for which in _LINKS},
-        "images": {image: _image_id(image) for image in images},
-        "container": container,
-        "networks": networks,
+        "images": {image: container.image_id(image) for image in images},
+        "container": found,
+        "networks": _networks(attached),
         "volumes": _volumes(),
     }
 
@@ -167,28 +180,31 @@ def _file(path: str) -> Dict[str, Any]:
     }
 
 
-def _image_id(image: str) -> Optional[str]:
-    answer = engine.call("GET", "/images/{0}/json".format(urllib.parse.quote(image, safe="/:@")))
-    return answer["Id"] if answer else None
-
-
-def _is_ours(network: Mapping[str, Any]) -> bool:
-    return (network.get("Labels") or {}).get(_PROJECT) == PROJECT
+def _networks(names: Sequence[str] = ()) -> List[Dict[str, Any]]:
+    """Return the networks of the service, and those of these names that exist."""
+    form = '{{.ID}} {{.Name}} {{.Label "%s"}}' % _PROJECT
+    rows = [
+        row.split()
+        for row in (container.ask(["network", "ls", "--no-trunc", "--format", form]) or "").splitlines()
+    ]
+    ids = [row[0] for row in rows if row[1] in names or row[2:] == [PROJECT]]
+    answers = (container.ask(["network", "inspect", one]) for one in ids)
+    return [network for answer in answers if answer for network in json.loads(answer)]
 
 
 def _volumes() -> List[str]:
-    listed = engine.call("GET", "/volumes", filters=engine.filters(label=_PROJECT + "=" + PROJECT))
-    return sorted(one["Name"] for one in listed["Volumes"] or [])
+    label = "label={0}={1}".format(_PROJECT, PROJECT)
+    return sorted((container.ask(["volume", "ls", "--quiet", "--filter", label]) or "").split())
 
 
 def obstacles(kept: Mapping[str, Any]) -> List[str]:
     """Say why the container that is kept could not be made again."""
-    container = kept["container"]
-    if container is None:
+    before = kept["container"]
+    if before is None:
         return []
-    host, found = container["HostConfig"], []
-    if _image_id(container["Image"]) is None:
-        found.append("its image ({0}) is no longer on this host".format(container["Config"]["Image"]))
+    host, found = before["HostConfig"], []
+    if container.image_id(before["Image"]) is None:
+        found.append("its image ({0}) is no longer on this host".format(before["Config"]["Image"]))
     if host.get("AutoRemove"):
         found.append("it was started with --rm, so the Docker Engine deletes it when it stops")
     found.extend(
@@ -211,9 +227,9 @@ def restore_files(kept: Mapping[str, Any]) -> Outcome:
     for path, target in kept["links"].items():
         with done.step():
             _restore_link(path, target)
-    for directory in sorted(kept["missing"], key=len, reverse=True):
+    for directory in kept["missing"]:
         with done.step():
-            _remove_directory(directory, done)
+            _clear(directory)
     return done
 
 
@@ -252,19 +268,14 @@ def _restore_link(path: str, target: Optional[str]) -> None:
         record.point(keep, name, target)
 
 
-def _remove_directory(directory: str, done: Outcome) -> None:
-    """Remove a directory that the change has made; what others have put there stays."""
-    if not os.path.isdir(directory):
-        return
-    if os.path.basename(directory) == record.KEEP:
-        shutil.rmtree(directory)
-        return
-    for name in os.listdir(directory):
+def _clear(directory: str) -> None:
+    """Remove what the change has left half-written in a directory that it has made."""
+    for name in os.listdir(directory) if os.path.isdir(directory) else []:
+        path = os.path.join(directory, name)
         if name.startswith(record.TEMPORARY):
-            os.unlink(os.path.join(directory, name))
-    with contextlib.suppress(OSError):
-        os.rmdir(directory)
-        done.removed.append(directory)
+            os.unlink(path)
+        elif os.path.basename(directory) == record.KEEP and name != record.BEFORE:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def restore_engine(kept: Mapping[str, Any]) -> Outcome:
@@ -282,27 +293,34 @@ def restore_engine(kept: Mapping[str, Any]) -> Outcome:
 
 def _restore_image(image: str, wanted: Optional[str], done: Outcome) -> None:
     """Give an image its name back; one that was pulled for the change stays."""
-    if wanted is None or _image_id(image) == wanted:
+    if wanted is None or container.image_id(image) == wanted:
         return
-    tagged = shell.run(["docker", "image", "tag", wanted, image])
-    if tagged.code != 0:
-        raise Problem(
-            "The name {0} can't be given back to its image {1}: {2}".format(image, wanted, tagged.err)
-        )
+    _do("image", "tag", wanted, image)
     done.restored.append("the image {0}".format(image))
+
+
+def _do(*argv: str, timeout: float = shell.TIMEOUT) -> None:
+    """Run a docker command; Problem, with its own words, where that fails."""
+    output = shell.run(["docker", *argv], timeout=timeout)
+    if output.code != 0:
+        raise Problem("`docker {0}` failed: {1}".format(" ".join(argv), output.err))
+
+
+def _stop(found: Mapping[str, Any]) -> None:
+    grace = stop_timeout(found)
+    _do("stop", found["Id"], timeout=grace + shell.TIMEOUT)
 
 
 def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
     """Return the containers that a change of this very service has to do with."""
-    listed = engine.call("GET", "/containers/json", all="true", filters=engine.filters(name=CONTAINER))
+    ids = container.ask(["ps", "--all", "--no-trunc", "--quiet", "--filter", "name=" + CONTAINER]) or ""
+    found = [one for one in map(container.inspect, ids.split()) if one]
+    here = os.path.realpath(kept["project_dir"])
     return [
         one
-        for one in listed
-        if any(OWN_NAME.match(name.lstrip("/")) for name in one["Names"])
-        and (
-            one["Id"] == _id(kept)
-            or os.path.realpath(one["Labels"].get(_WORKING_DIR, "/")) == os.path.realpath(kept["project_dir"])
-        )
+        for one in found
+        if OWN_NAME.match(one["Name"].lstrip("/"))
+        and os.path.realpath((one["Config"].get("Labels") or {}).get(_WORKING_DIR, "/")) == here
     ]
 
 
@@ -312,31 +330,26 @@ def _remove_others(kept: Mapping[str, Any], done: Outcome) -> List[str]:
     for one in _own_containers(kept):
         if one["Id"] == _id(kept):
             continue
-        raw = engine.call("GET", "/containers/{0}/json".format(one["Id"]))
-        networks.extend(engine.networks_of(raw))
-        engine.stop(one["Id"], stop_timeout(raw))
-        engine.call("DELETE", "/containers/{0}".format(one["Id"]), force="true")
+        networks.extend(engine.networks_of(one))
+        _stop(one)
+        _do("rm", "--force", one["Id"])
         done.removed.append("the container that failed")
     return networks
 
 
-def stop_timeout(container: Optional[Mapping[str, Any]]) -> int:
+def stop_timeout(found: Optional[Mapping[str, Any]]) -> int:
     """Return how long a container may take to stop, in seconds."""
-    return int((container or {}).get("Config", {}).get("StopTimeout") or 10)
+    return int((found or {}).get("Config", {}).get("StopTimeout") or 10)
 
 
 def _restore_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
     """Remove the networks that the change has made for itself, and make those again that it has removed."""
     before = {one["Id"] for one in kept["networks"]}
-    for one in engine.call("GET", "/networks"):
-        if one["Id"] in before or not (
-            _is_ours(one) or (one["Name"] in used and _PROJECT in (one["Labels"] or {}))
-        ):
-            continue
-        if not engine.call("GET", "/networks/{0}".format(one["Id"])).get("Containers"):
-            engine.call("DELETE", "/networks/{0}".format(one["Id"]))
+    for one in _networks(used):
+        if one["Id"] not in before and _PROJECT in (one["Labels"] or {}) and not one["Containers"]:
+            _do("network", "rm", one["Id"])
             done.removed.append("the network {0}".format(one["Name"]))
-    names = {one["Name"] for one in engine.call("GET", "/networks")}
+    names = {one["Name"] for one in _networks([one["Name"] for one in kept["networks"]])}
     for one in kept["networks"]:
         if one["Name"] not in names:
             engine.create_network(one)
@@ -348,27 +361,41 @@ def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
     before = kept["container"]
     if before is None:
         return
-    now = engine.call("GET", "/containers/{0}/json".format(before["Id"]))
+    now = container.inspect(before["Id"])
     if now is None:
         # By its name, if that still means its image: `docker ps` shows it.
         name = before["Config"]["Image"]
-        image = name if _image_id(name) == before["Image"] else before["Image"]
+        image = name if container.image_id(name) == before["Image"] else before["Image"]
         engine.create(before, CONTAINER, image)
         done.restored.append("the container {0}, with the settings that it had".format(CONTAINER))
         return
     if now["Name"] != before["Name"]:
-        engine.call("POST", "/containers/{0}/rename".format(before["Id"]), name=before["Name"].lstrip("/"))
+        _do("rename", before["Id"], CONTAINER)
         done.restored.append("the name of the container {0}".format(CONTAINER))
     if now["State"]["Running"] and not before["State"]["Running"]:
-        engine.stop(before["Id"], stop_timeout(now))
+        _stop(now)
         done.restored.append("the container {0}, stopped as before".format(CONTAINER))
+
+
+def wait_for_engine(seconds: float) -> None:
+    """Wait while the engine is away, as during a restart; Unanswered where that takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            container.inspect()
+        except container.Unanswered:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
+        else:
+            return
 
 
 def must_start(kept: Mapping[str, Any]) -> bool:
     """Say whether the container ran and doesn't now."""
     if not kept["container"] or not kept["container"]["State"]["Running"]:
         return False
-    now = engine.call("GET", "/containers/{0}/json".format(CONTAINER))
+    now = container.inspect()
     return now is not None and not now["State"]["Running"]
 
 
@@ -387,7 +414,7 @@ def wait_for_memory(seconds: float = 30) -> None:
 def start() -> None:
     """Start the container."""
     # NVIDIA's hook may take its time.
-    engine.call("POST", "/containers/{0}/start".format(CONTAINER), timeout=6 * shell.TIMEOUT)
+    _do("start", CONTAINER, timeout=6 * shell.TIMEOUT)
 
 
 def new_volumes(kept: Mapping[str, Any]) -> List[str]:

@@ -64,10 +64,11 @@ def read(path: str, largest: int = LARGEST) -> Optional[Found]:
         return None
     except OSError as error:
         raise Problem(unreadable(path, error)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Problem("{0} is not a regular file. Move it away.".format(path))
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise Problem("{0} is not a regular file. Move it away.".format(path))
         content = stream.read(largest + 1)
     if len(content) > largest:
         raise Problem(

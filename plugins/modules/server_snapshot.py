@@ -9,7 +9,7 @@ module: server_snapshot
 short_description: Keep a host as it was found before a change, and put it back when the change fails
 description:
   - With O(state=taken), keeps the files of the service, the meaning of its images' names, and all that the Docker
-    Engine knows of its container, in a file that only root can read. Refuses where the container could not be
+    Engine knows of its container, in C(.proven), which only root can read. Refuses where the container could not be
     made again. Where a change was interrupted, what that one had kept stays, as the host was whole then.
   - With O(state=restored), puts it all back, and waits for a Docker Engine that is being restarted. Starts nothing.
   - With O(state=started), starts the container where it ran before and doesn't now.
@@ -23,8 +23,9 @@ options:
     choices: [taken, restored, started, dropped]
     required: true
   project_dir:
-    description: Directory of the Compose project on the host; for O(state=taken).
+    description: Directory of the Compose project on the host.
     type: path
+    required: true
   images:
     description: Names of images whose meaning to keep, besides those of the container and of what was proven.
     type: list
@@ -68,7 +69,7 @@ restored:
   elements: str
 removed:
   description: What the change had made, and was removed.
-  returned: for O(state=restored)
+  returned: for O(state=restored) and O(state=dropped)
   type: list
   elements: str
 volumes:
@@ -93,7 +94,7 @@ start:
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine, lock, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, snapshot
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # How long a Docker Engine may be away, as for a restart; seconds.
@@ -116,9 +117,13 @@ def take(params: Mapping[str, Any]) -> Dict[str, Any]:
 
 def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Put everything back; what can't be is reported in the end, all at once."""
-    kept = snapshot.load()
+    kept = snapshot.load(params["project_dir"])
     if kept is None:
-        raise Problem("Nothing was kept to go back to: {0} does not exist.".format(snapshot.PATH))
+        raise Problem(
+            "Nothing was kept to go back to: {0} does not exist.".format(
+                snapshot.path_in(params["project_dir"])
+            )
+        )
     lease = lock.STEP + snapshot.stop_timeout(kept["container"])
     # The files don't need the engine, and come back whatever has become of it.
     with lock.holding(params["lock"], lease + _AWAY):
@@ -126,11 +131,11 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     failed = list(files.failed)
     made, start = snapshot.Outcome([], [], []), False
     try:
-        engine.wait_until_it_answers(_AWAY)
+        snapshot.wait_for_engine(_AWAY)
         with lock.holding(params["lock"], lease):
             made = snapshot.restore_engine(kept)
         start = snapshot.must_start(kept)
-    except engine.Unreachable as problem:
+    except container.Unanswered as problem:
         failed.append(str(problem))
     result = {
         "restored": files.restored + made.restored,
@@ -150,7 +155,7 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
 
 def start(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Start the container where it ran before."""
-    kept = snapshot.load()
+    kept = snapshot.load(params["project_dir"])
     if kept is None or not snapshot.must_start(kept):
         return {"changed": False}
     snapshot.wait_for_memory()
@@ -162,8 +167,7 @@ def start(params: Mapping[str, Any]) -> Dict[str, Any]:
 def drop(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Forget what was kept."""
     with lock.holding(params["lock"]):
-        snapshot.drop()
-    return {"changed": False}
+        return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
 
 
 def main() -> None:
@@ -175,13 +179,12 @@ def main() -> None:
                 "choices": ["taken", "restored", "started", "dropped"],
                 "required": True,
             },
-            "project_dir": {"type": "path"},
+            "project_dir": {"type": "path", "required": True},
             "images": {"type": "list", "elements": "str", "default": []},
             "proven": {"type": "bool", "default": False},
             "force": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str"},
         },
-        required_if=[("state", "taken", ["project_dir"])],
         supports_check_mode=True,
     )
     if module.check_mode:
@@ -192,7 +195,7 @@ def main() -> None:
     except Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:
-        module.fail_json(msg="{0} can't be written: {1}.".format(error.filename, error.strerror))
+        module.fail_json(msg="{0} could not be written: {1}.".format(error.filename, error.strerror))
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)
