@@ -45,15 +45,11 @@ def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
     """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
     found = {str(one) for one in requested.values()}
     for path in (".env", ".proven/current/.env", ".proven/previous/.env"):
-        with (
-            contextlib.suppress(OSError),
-            open(
-                os.path.join(project_dir, path),
-                "rb",
-                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK),
-            ) as stream,
-        ):
-            found.update(secret_values(dotenv.texts(stream.read(2**20)), requested))
+        with contextlib.suppress(OSError):
+            # A pipe in a file's place would keep us waiting.
+            descriptor = os.open(os.path.join(project_dir, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as stream:
+                found.update(secret_values(dotenv.texts(stream.read(2**20)), requested))
     return found
 
 
