@@ -29,11 +29,6 @@ options:
   proof:
     description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
     type: dict
-  keys:
-    description: Keys of the restored C(.env) whose values to return; never of secrets.
-    type: list
-    elements: str
-    default: []
   lock:
     description: As for M(mlops.vllm_gpu.server_info).
     type: str
@@ -60,10 +55,6 @@ record:
   description: The record of the state that was kept or put back.
   returned: always
   type: dict
-env:
-  description: What the restored C(.env) says for O(keys).
-  returned: for O(state=restored)
-  type: dict
 restored:
   description: Paths of the files that were put back.
   returned: always
@@ -73,7 +64,7 @@ restored:
 
 import os
 import time
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -140,22 +131,19 @@ def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) 
     return restored
 
 
-def restore(module: AnsibleModule, directory: str, keys: Sequence[str]) -> Dict[str, Any]:
+def restore(module: AnsibleModule, directory: str) -> Dict[str, Any]:
     """Put the previous files back, and the image's name on the image that was proven."""
     proven = record.load(directory, "previous")
     if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
-        return {"changed": False, "found": False, "record": {}, "restored": [], "env": {}}
+        return {"changed": False, "found": False, "record": {}, "restored": []}
     # What can't be started again isn't put back.
     moved = restore_image(module, proven)
     restored = restore_files(module, directory, proven)
-    said = dotenv.values(proven.files[server.ENV_FILE])
-    env = {key: said[key] for key in keys if said.get(key) is not None}
     return {
         "changed": bool(restored) or moved,
         "found": True,
         "record": proven.record,
         "restored": restored,
-        "env": env,
     }
 
 
@@ -166,7 +154,6 @@ def main() -> None:
             "state": {"type": "str", "choices": ["saved", "restored"], "required": True},
             "project_dir": {"type": "path", "required": True},
             "proof": {"type": "dict"},
-            "keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "lock": {"type": "str"},
         },
         required_if=[("state", "saved", ["proof"])],
@@ -174,14 +161,11 @@ def main() -> None:
     )
     params = module.params
     try:
-        # What comes next may stop a server, which takes its time.
-        found = container.inspect()
-        grace = container.describe(found)["stop_timeout"] if found else 0
-        with lock.holding(params["lock"], lock.STEP + grace):
+        with lock.holding(params["lock"]):
             if params["state"] == "saved":
                 result = save(module, params["project_dir"], params["proof"])
             else:
-                result = restore(module, params["project_dir"], params["keys"])
+                result = restore(module, params["project_dir"])
     except server.Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:

@@ -110,7 +110,7 @@ def take(params: Mapping[str, Any]) -> Dict[str, Any]:
             "The server that is there could not be put back if the change failed: {0}. To replace it all the same, "
             "set vllm_gpu_force: [irreversible].".format(", and ".join(reasons))
         )
-    with lock.holding(params["lock"], lock.STEP + snapshot.stop_timeout(kept["container"])):
+    with lock.holding(params["lock"]):
         snapshot.save(kept)
     return {"changed": False, "interrupted": kept["interrupted"]}
 
@@ -124,15 +124,14 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
                 snapshot.path_in(params["project_dir"])
             )
         )
-    lease = lock.STEP + snapshot.stop_timeout(kept["container"])
     # The files don't need the engine, and come back whatever has become of it.
-    with lock.holding(params["lock"], lease + _AWAY):
+    with lock.holding(params["lock"], lock.STEP + _AWAY):
         files = snapshot.restore_files(kept)
     failed = list(files.failed)
     made, start = snapshot.Outcome([], [], []), False
     try:
         snapshot.wait_for_engine(_AWAY)
-        with lock.holding(params["lock"], lease):
+        with lock.holding(params["lock"]):
             made = snapshot.restore_engine(kept)
         start = snapshot.must_start(kept)
     except container.Unanswered as problem:

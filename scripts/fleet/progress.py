@@ -31,7 +31,7 @@ PHASES = {
     "configure": "configure",
     "deploy": "deploy",
     "verify": "verify",
-    "restore": "rollback", "start_proven": "rollback", "remove_container": "rollback",
+    "restore": "rollback", "start_proven": "rollback",
 }  # fmt: skip
 
 
