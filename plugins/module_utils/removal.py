@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # Compose's interim name too: it renames the old container while it makes the new one.
@@ -29,23 +29,18 @@ class Container(NamedTuple):
     storage: List[str]
 
 
-def _docker(*words: str, timeout: float = shell.TIMEOUT) -> str:
-    output = shell.run(["docker", *words], timeout=timeout)
-    if output.code != 0:
-        raise Problem(
-            "`docker {0}` failed: {1}. Check the Docker service (`systemctl status docker`), and run the play "
-            "again.".format(words[0], output.err or "no message")
-        )
-    return output.out
-
-
 def find() -> List[Container]:
-    """Return the containers with the server's name, running or not: none, one, or two while Compose recreates it.
-
-    Raises Problem where docker doesn't answer: that doesn't mean that there is none.
-    """
-    ids = _docker("ps", "--all", "--quiet", "--no-trunc", "--filter", "name=" + _NAME).split()
-    return [_container(one) for one in json.loads(_docker("inspect", *ids))] if ids else []
+    """Return the containers with the server's name, running or not: none, one, or two while Compose recreates it."""
+    ids = (container.ask(["ps", "--all", "--quiet", "--no-trunc", "--filter", "name=" + _NAME]) or "").split()
+    if not ids:
+        return []
+    answer = container.ask(["inspect", *ids])
+    if answer is None:
+        raise Problem(
+            "The container {0} was replaced or removed while it was being checked: another program is changing it. Run "
+            "the play again.".format(container.CONTAINER)
+        )
+    return [_container(one) for one in json.loads(answer)]
 
 
 def _container(raw: Mapping[str, Any]) -> Container:
@@ -113,7 +108,7 @@ def _remove_network(project: str) -> None:
     """Remove a project's default network unless a container, running or not, still belongs to it."""
     labels = ["com.docker.compose.project=" + project, "com.docker.compose.network=default"]
     filters = [word for one in labels for word in ("--filter", "label=" + one)]
-    for network in _docker("network", "ls", "--quiet", "--no-trunc", *filters).split():
-        if not _docker("ps", "--all", "--quiet", "--filter", "network=" + network).strip():
+    for network in (container.ask(["network", "ls", "--quiet", "--no-trunc", *filters]) or "").split():
+        if not container.ask(["ps", "--all", "--quiet", "--filter", "network=" + network]):
             # A network that stays does no harm; the next `up` uses it.
             shell.run(["docker", "network", "rm", network])

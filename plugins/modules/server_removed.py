@@ -70,7 +70,8 @@ msg:
 
 import contextlib
 import os
-from typing import Iterable, List, Sequence, Tuple
+import re
+from typing import Iterable, List, Sequence, Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -81,7 +82,10 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     removal,
     server,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
+# A key of .env in the compose file: by itself below `environment:`, or within another value.
+_NAMED = re.compile(r"(?:^ {6}|\$\{)(\w+)(?=: *$|[:}])", re.MULTILINE)
 # What the host looked like before a change, kept while the change goes on; see server_snapshot.
 _SNAPSHOT = "/run/vllm_gpu.before"
 
@@ -93,7 +97,18 @@ def users_lines(content: bytes, keys: Iterable[str]) -> Tuple[bytes, List[str]]:
     return text, list(dict.fromkeys(line.key or "" for line in users))
 
 
-def remove_env(directory: str, keys: Sequence[str], *, only_look: bool) -> Tuple[List[str], List[str]]:
+def passed_on(directory: str) -> Set[str]:
+    """Return the keys of `.env` that the compose file of the role names: it passes them on to the server."""
+    found: Set[str] = set()
+    for place in (directory, os.path.join(directory, record.KEEP, "current")):
+        text = (server.read_file(os.path.join(place, server.COMPOSE_FILE))[0] or b"").decode(
+            "utf-8", "replace"
+        )
+        found.update(_NAMED.findall(text))
+    return found
+
+
+def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple[List[str], List[str]]:
     """Remove `.env`, but for the keys that are the user's; return what was removed and what was kept."""
     path = os.path.join(directory, server.ENV_FILE)
     content = server.read_file(path)[0]
@@ -137,7 +152,8 @@ def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
     if not module.params["files"] or not ours:
         return removed, kept
     paths = service_files(directory)
-    gone, users = remove_env(directory, module.params["keys"], only_look=only_look)
+    keys = {*module.params["keys"], *passed_on(directory)}
+    gone, users = remove_env(directory, keys, only_look=only_look)
     if not only_look:
         leftovers.remove(paths)
     others = sorted(
@@ -181,7 +197,7 @@ def main() -> None:
     try:
         with lock.holding(None if module.check_mode else module.params["lock"]):
             removed, kept = remove(module)
-    except server.Problem as problem:
+    except Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:
         module.fail_json(

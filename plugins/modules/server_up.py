@@ -19,15 +19,11 @@ options:
     description: Directory of the Compose project on the host.
     type: path
     required: true
-  project:
-    description: Name of the Compose project.
-    type: str
-    required: true
   projects:
-    description: The Compose projects that the server may belong to by now; O(project) is always one of them.
+    description: The Compose projects that the server may belong to. C(.env) says in which one it is brought up.
     type: list
     elements: str
-    default: []
+    required: true
   recreate:
     description: Whether to recreate a container that Compose takes for the right one, too.
     type: str
@@ -50,7 +46,7 @@ EXAMPLES = r"""
 - name: Start the server
   mlops.vllm_gpu.server_up:
     project_dir: /opt/vllm-gpu
-    project: vllm-gpu
+    projects: [vllm-gpu]
 """
 
 RETURN = r"""
@@ -61,13 +57,21 @@ container:
 """
 
 import os
-from typing import Dict, List, Tuple
+from typing import List, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, removal, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
+    dotenv,
+    lock,
+    outgoing,
+    removal,
+    server,
+    shell,
+)
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
-# What the docker command needs of the user's environment: nothing that a compose file could name.
-_NEEDED = ("PATH", "HOME", "DOCKER_CONFIG", "XDG_RUNTIME_DIR", "TMPDIR")
+_PROJECT = "COMPOSE_PROJECT_NAME"
 # How long Compose may take to end once it was told to; seconds.
 _ENDING = 15
 
@@ -84,8 +88,8 @@ def command(directory: str, project: str, *, always: bool) -> List[str]:
         "--project-directory",
         directory,
     ]
-    argv += ["--file", os.path.join(directory, server.COMPOSE_FILE)]
-    argv += ["--env-file", os.path.join(directory, server.ENV_FILE)]
+    argv += ["--file", os.path.join(directory, compose.COMPOSE_FILE)]
+    argv += ["--env-file", os.path.join(directory, compose.ENV_FILE)]
     argv += ["up", "--detach", "--no-color", "--quiet-pull", "--pull", "never"]
     return [*argv, "--force-recreate"] if always else argv
 
@@ -95,17 +99,16 @@ def compose_up(directory: str, project: str, *, always: bool, timeout: int) -> N
     # timeout(1) also ends the plugin that docker starts, which would go on without the lock.
     argv = ["timeout", "--kill-after={0}".format(_ENDING), str(timeout)]
     argv += command(directory, project, always=always)
-    env: Dict[str, str] = {key: os.environ[key] for key in _NEEDED if key in os.environ}
-    output = shell.run(argv, env=env, timeout=timeout + 2 * _ENDING)
+    output = shell.run(argv, env=compose.environment(), timeout=timeout + 2 * _ENDING)
     if output.code in (None, 124, 137):
-        raise server.Problem(
+        raise Problem(
             "Docker Compose did not bring the server of {0} up within {1} s, and was stopped. Check the Docker service "
             "(`systemctl status docker`, `journalctl -u docker`), and run the play again. Its output: {2}".format(
                 directory, timeout, output.err or "none"
             )
         )
     if output.code != 0:
-        raise server.Problem(
+        raise Problem(
             "Docker Compose could not bring the server of {0} up. It reported: {1}".format(
                 directory,
                 output.err or output.out.strip() or "nothing, with exit code {0}".format(output.code),
@@ -121,9 +124,11 @@ def state(containers: List[removal.Container]) -> List[Tuple[str, str]]:
 def bring_up(module: AnsibleModule) -> Tuple[bool, str]:
     """Bring the server up; return whether anything changed, and the container's id."""
     params = module.params
-    directory, project = params["project_dir"], params["project"]
+    directory, projects = params["project_dir"], params["projects"]
     before = removal.find()
-    removal.check_owner(before, [project, *params["projects"]], directory)
+    removal.check_owner(before, projects, directory)
+    env = server.installed_files(directory)[1].after
+    project = dotenv.values(env).get(_PROJECT) or projects[0]
     earlier = [one for one in before if one.project != project]
     if module.check_mode:
         return False, ""
@@ -133,7 +138,7 @@ def bring_up(module: AnsibleModule) -> Tuple[bool, str]:
     compose_up(directory, project, always=params["recreate"] == "always", timeout=params["timeout"] + grace)
     after = removal.find()
     if not after:
-        raise server.Problem(
+        raise Problem(
             "Docker Compose reported success, but there is no container vllm-server: another program has removed it. "
             "Run the play again."
         )
@@ -145,8 +150,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "project_dir": {"type": "path", "required": True},
-            "project": {"type": "str", "required": True},
-            "projects": {"type": "list", "elements": "str", "default": []},
+            "projects": {"type": "list", "elements": "str", "required": True},
             "recreate": {"type": "str", "choices": ["auto", "always"], "default": "auto"},
             "timeout": {"type": "int", "default": 300},
             "lock": {"type": "str"},
@@ -156,8 +160,10 @@ def main() -> None:
     try:
         with lock.holding(None if module.check_mode else module.params["lock"]):
             changed, container = bring_up(module)
-    except server.Problem as problem:
-        module.fail_json(msg=str(problem))
+    except Problem as problem:
+        # Compose quotes what it can't use, and a program in the container may print anything.
+        secrets = outgoing.known(module.params["project_dir"], {})
+        module.fail_json(msg=outgoing.clean(str(problem), secrets))
     module.exit_json(changed=changed, container=container)
 
 

@@ -63,13 +63,13 @@ def test_a_record_that_leads_elsewhere(project: Path, target: str) -> None:
 
 def test_a_record_whose_directory_is_gone(project: Path) -> None:
     link = project / ".proven/current"
-    (project / ".proven" / os.readlink(link)).rename(project / "elsewhere")
+    (project / ".proven" / link.readlink()).rename(project / "elsewhere")
     unusable(project, "No such file or directory")
 
 
 def test_a_record_in_the_place_of_a_link(project: Path) -> None:
     link = project / ".proven/current"
-    state = project / ".proven" / os.readlink(link)
+    state = project / ".proven" / link.readlink()
     link.unlink()
     state.rename(link)
     unusable(project, "it is no symbolic link")
@@ -77,8 +77,7 @@ def test_a_record_in_the_place_of_a_link(project: Path) -> None:
 
 @pytest.mark.parametrize("path", [".", ".proven", ".proven/current/", ".proven/current/.env"])
 def test_a_record_that_others_could_write(project: Path, path: str) -> None:
-    mode = os.stat(project / path).st_mode
-    os.chmod(project / path, mode | 0o002)
+    (project / path).chmod((project / path).stat().st_mode | 0o002)
     with pytest.raises(Problem, match="can be changed by others than root"):
         record.load(str(project), "current")
 
@@ -89,7 +88,7 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     target.write_bytes(b"old")
     link.symlink_to("etc/real")
     record.write_whole(str(link), b"new", 0o640, (os.geteuid(), os.getegid()), 10**18)
-    assert os.readlink(link) == "etc/real"
+    assert str(link.readlink()) == "etc/real"
     status = target.stat()
     assert (target.read_bytes(), status.st_mode & 0o777, status.st_mtime_ns) == (b"new", 0o640, 10**18)
     assert [path.name for path in target.parent.iterdir()] == ["real"]

@@ -107,8 +107,10 @@ def test_a_server_that_is_still_there_is_not_called_removed(monkeypatch: pytest.
 
 
 def test_an_engine_that_gives_no_answer_is_not_one_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shell, "run", lambda *_words, **_options: shell.Output(1, "", "Cannot connect"))
-    with pytest.raises(shell.Problem, match="Cannot connect"):
+    monkeypatch.setattr(
+        shell, "run", lambda *_words, **_options: shell.Output(1, "", "Cannot connect to the Docker daemon")
+    )
+    with pytest.raises(shell.Problem, match="can't be reached"):
         removal.find()
 
 
