@@ -128,6 +128,8 @@ class Docker:
 
     def formatted(self, options: Mapping[str, list[str]], *documents: object) -> Answer:
         """Return the documents in the form that --format asks for, each on a line."""
+        if "--format" not in options:
+            return Answer(0, json.dumps(documents) + "\n")
         form = options["--format"][0]
         return Answer(0, "".join(light_template.render(form, one) + "\n" for one in documents))
 

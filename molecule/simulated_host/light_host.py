@@ -160,6 +160,10 @@ class Driver:
         """Return the MiB that each process holds, by PID."""
         return {self.pid: card.held} if card.held else {}
 
+    def is_tenant(self, _pid: int) -> bool:
+        """Say that nobody else uses the cards."""
+        return False
+
     def process_name(self, _pid: int) -> str:
         """Return what the only process there can be calls itself."""
         return "VLLM::EngineCore"

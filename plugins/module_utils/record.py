@@ -134,7 +134,8 @@ def save(
     if current and not again:
         point(keep, "previous", current)
     point(keep, "current", os.path.basename(fresh))
-    used = {target(keep, "current"), target(keep, "previous"), "current", "previous", BEFORE}
+    # What is kept of a change that goes on is a file, which rmtree leaves alone.
+    used = {target(keep, "current"), target(keep, "previous"), "current", "previous"}
     for name in os.listdir(keep):
         if name not in used:
             shutil.rmtree(os.path.join(keep, name), ignore_errors=True)

@@ -51,7 +51,9 @@ class Outcome(NamedTuple):
         except Problem as problem:
             self.failed.append(str(problem))
         except OSError as error:
-            self.failed.append("{0} can't be written: {1}.".format(error.filename, error.strerror))
+            self.failed.append(
+                "{0} could not be written: {1}.".format(error.filename or "A file", error.strerror)
+            )
 
 
 # --- keeping ------------------------------------------------------------------

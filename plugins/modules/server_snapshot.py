@@ -194,7 +194,11 @@ def main() -> None:
     except Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:
-        module.fail_json(msg="{0} could not be written: {1}.".format(error.filename, error.strerror))
+        module.fail_json(
+            msg="{0} could not be written: {1}.".format(
+                error.filename or module.params["project_dir"], error.strerror
+            )
+        )
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)

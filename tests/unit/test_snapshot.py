@@ -257,6 +257,7 @@ def test_a_change_that_came_to_its_end_all_the_same_is_over(project: Path, docke
     assert take(project, proven=True)["container"]["Id"] == NEW
     docker.containers.clear()
     recorded(project)  # and killed before it could forget
+    assert snapshot.load(str(project))
     assert take(project, proven=False)["container"] is None
 
 
