@@ -57,7 +57,10 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     stream = connection.sock
 
     # The socket's own timeout begins anew with each byte: an answer that drips would never end.
+    late = threading.Event()
+
     def hang_up() -> None:
+        late.set()
         with contextlib.suppress(OSError):
             stream.shutdown(socket.SHUT_RDWR)
 
@@ -72,10 +75,9 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     except (OSError, http.client.HTTPException) as problem:
         error = problem
     finally:
-        late = not alarm.is_alive()
         alarm.cancel()
         connection.close()
-    if late:
+    if late.is_set():
         raise TimeoutError("no whole answer to {0} within {1} s".format(path, deadline))
     if error:
         raise error
