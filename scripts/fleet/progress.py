@@ -26,12 +26,12 @@ WAY = "Mend the way to this host (ssh, become, python3), and run it again."
 # The task files of the role, by the phase of the lifecycle that they are. Those
 # that are missing here, as the lock's, belong to whatever phase goes on.
 PHASES = {
-    "preflight": "preflight", "plan": "preflight", "remember": "preflight",
+    "preflight": "preflight", "plan": "preflight", "remember": "preflight", "keep": "preflight",
     "pull": "pull",
     "configure": "configure",
     "deploy": "deploy",
     "verify": "verify",
-    "restore": "rollback", "restart_proven": "rollback", "start_proven": "rollback",
+    "restore": "rollback", "start_proven": "rollback",
 }  # fmt: skip
 
 
