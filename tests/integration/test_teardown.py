@@ -94,10 +94,13 @@ def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost, label: 
         f"docker run --detach --name vllm-server {label} --entrypoint sleep vllm/vllm-openai:v0.32.0 600"
     )
     before = clean_host.container()
-    result = tear_down(clean_host)
-    assert result.code != 0
-    assert "is not the server of" in result.output
-    assert clean_host.container() == before
+    try:
+        result = tear_down(clean_host)
+        assert result.code != 0
+        assert "is not the server of" in result.output
+        assert clean_host.container() == before
+    finally:
+        clean_host.look.check_output("docker rm --force vllm-server")
 
 
 def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None:
