@@ -156,9 +156,8 @@ def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
     gone, users = remove_env(directory, keys, only_look=only_look)
     if not only_look:
         leftovers.remove(paths)
-    others = sorted(
-        set(os.listdir(directory)) - {os.path.basename(one) for one in [*paths, *gone, server.ENV_FILE]}
-    )
+    ours_by_name = {server.ENV_FILE, *map(os.path.basename, paths)}
+    others = sorted(set(os.listdir(directory)) - ours_by_name) if os.path.isdir(directory) else []
     kept += users + [os.path.join(directory, one) for one in others]
     if not only_look:
         with contextlib.suppress(OSError):

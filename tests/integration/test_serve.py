@@ -248,14 +248,14 @@ def test_a_server_started_from_another_directory_is_left_alone(clean_host: GpuHo
 
 def test_other_peoples_containers_of_the_same_project_are_left_alone(served: GpuHost) -> None:
     served.look.check_output(
-        "docker run --detach --name chat-db --label com.docker.compose.project=vllm --entrypoint sleep "
+        "docker run --detach --name chat-db --label com.docker.compose.project=vllm-gpu --entrypoint sleep "
         "vllm/vllm-openai:v0.32.0 3600"
     )
     before = served.container()
     try:
         output = served.fail_to_serve(gpu_device_id=1)
         assert (
-            "The Compose project vllm on this host has containers that are not this role's: chat-db."
+            "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db."
             in output
         )
         assert served.container() == before

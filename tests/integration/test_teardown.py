@@ -94,10 +94,13 @@ def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost, label: 
         f"docker run --detach --name vllm-server {label} --entrypoint sleep vllm/vllm-openai:v0.32.0 600"
     )
     before = clean_host.container()
-    result = tear_down(clean_host)
-    assert result.code != 0
-    assert "is not the server of" in result.output
-    assert clean_host.container() == before
+    try:
+        result = tear_down(clean_host)
+        assert result.code != 0
+        assert "is not the server of" in result.output
+        assert clean_host.container() == before
+    finally:
+        clean_host.look.check_output("docker rm --force vllm-server")
 
 
 def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None:
@@ -117,11 +120,11 @@ def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None
 
 def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) -> None:
     before = served.files()
-    served.look.check_output("mv /var/run/docker.sock /root/")
+    served.look.check_output("mv /var/run/docker.sock /var/run/away.sock")
     try:
         result = tear_down(served)
     finally:
-        served.look.check_output("mv /root/docker.sock /var/run/")
+        served.look.check_output("mv /var/run/away.sock /var/run/docker.sock")
     assert result.code != 0
     assert "The Docker Engine can't be reached" in result.output
     assert served.files() == before
