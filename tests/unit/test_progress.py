@@ -58,13 +58,13 @@ class Feed:
         self.task(host, "preflight", "server_info", **look(0))
         self.task(host, "remember", "server_info", **look(0, proven=True))
         self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "docker_compose_v2", changed=True)
+        self.task(host, "deploy", "server_up", changed=True)
         self.task(host, "deploy", "wait_for_server", **look(1, proven=True))
 
     def fail(self, host: str, *, back: bool) -> None:
         self.task(host, "preflight", "server_info", **look(0))
         self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "docker_compose_v2", changed=True)
+        self.task(host, "deploy", "server_up", changed=True)
         self.task(host, "deploy", "wait_for_server", "failed", msg="It died.")
         self.task(host, "restore", "server_record", changed=True)
         self.task(host, "start_proven", "wait_for_server", **look(0, proven=back))
