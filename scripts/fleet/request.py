@@ -31,11 +31,13 @@ SECRET = re.compile(
 _GIVEN = re.compile(
     rf"(?<![\w/-])--?[\w-]*(?:{SECRET.pattern})[\w-]*[=\s]\s*\S"
     rf"|(?:{SECRET.pattern})[\w-]*[\"']?\s*[=:]\s*\S"
-    r"|://[^/\s]*@|[^\s/@:]+:[^\s/@]+@(?!sha\d+:)",
+    r"|://[^/\s]*@|(?<![^\s/@:])[^\s/@:]+:[^\s/@]+@(?!sha\d+:)",
     re.IGNORECASE,
 )
 _WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
 _DEEPEST = 20
+# Of a word that is quoted in a message; characters.
+_LONGEST = 200
 _SAFER = (
     "and the command line is seen by everybody on this machine. Put it into the inventory's vault, or into a file: "
     "-e @FILE."
@@ -114,7 +116,9 @@ def _pairs(word: str) -> Iterator[tuple[str, str]]:
 
 
 def _shown(word: str) -> str:
-    return "(hidden)" if SECRET.search(word) or _GIVEN.search(word) else word
+    if SECRET.search(word) or _GIVEN.search(word):
+        return "(hidden)"
+    return word if len(word) < _LONGEST else f"{word[:_LONGEST]}…"
 
 
 def check_values(values: dict[str, Any]) -> None:
@@ -228,8 +232,10 @@ def limited(manager: InventoryManager, limit: str) -> list[str]:
         raise Usage(f"--limit {limit}: this is no pattern of hosts.")
     try:
         words = [one for word in words for one in (_lines(word[1:]) if word.startswith("@") else [word])]
-    except (OSError, ValueError) as error:
-        raise Usage(f"--limit {limit}: {error}.") from None
+    except (OSError, ValueError):
+        raise Usage(
+            f"--limit {limit}: there is no such file with names of hosts, or it can't be read."
+        ) from None
     for word in words:
         name = word.lstrip("!&")
         try:
@@ -265,7 +271,7 @@ def last(folder: Path) -> Last:
             left=[*not_right, *map(str, found.get("left_over", []))],
             request=dict(found["request"]),
             files=list(map(str, found["files"])),
-            inventory=shlex.split(found["inventory"]),
+            inventory=shlex.split(str(found["inventory"])),
             wave=found["wave"],
         )
         if found["schema"] != 1 or not isinstance(result.wave, (str, type(None))):
