@@ -112,6 +112,16 @@ def values(content: bytes) -> Dict[str, Optional[str]]:
     return {line.key: literal(line.value) for line in lines(content) if line.key}
 
 
+def texts(content: bytes) -> Dict[str, str]:
+    """Return what each key's last line says, for people: as it is written where that is not simple."""
+    found = {}
+    for line in lines(content):
+        if line.key:
+            simple = literal(line.value)
+            found[line.key] = line.value.decode("utf-8", "replace").strip() if simple is None else simple
+    return found
+
+
 def merge(content: bytes, wanted: Mapping[str, str]) -> bytes:
     """Return `content` with each key of `wanted` set, and all else as it was.
 

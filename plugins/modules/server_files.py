@@ -39,8 +39,20 @@ options:
         description: Keys and values of C(.env) that the role decides.
         type: dict
         required: true
+      extra_args:
+        description: More arguments of vLLM, as a list of words or one text.
+        type: raw
+        default: []
+      server_env:
+        description: More environment variables of the server.
+        type: dict
+        default: {}
       secrets:
-        description: The same for keys whose values may never be shown.
+        description: Keys and values of C(.env) that may never be shown.
+        type: dict
+        default: {}
+      secret_env:
+        description: The same for environment variables of the server.
         type: dict
         default: {}
 attributes:
@@ -85,7 +97,7 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
         return content.decode("utf-8", "replace")
     text = ""
     for line in dotenv.lines(content):
-        if line.key in wanted["env"]:
+        if line.key in wanted["env"] or line.key in wanted["server_env"]:
             text += line.text.decode("utf-8", "replace") + "\n"
         elif line.key:
             text += line.key + "=(hidden)\n"

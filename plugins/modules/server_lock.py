@@ -59,7 +59,8 @@ import uuid
 from typing import Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # After how many renewals the holder counts as alive.
 _ALIVE = 2
@@ -84,8 +85,9 @@ def main() -> None:
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
     try:
-        container = server.inspect_container() or {}
-    except server.Problem as problem:
+        found = container.inspect()
+        grace = container.describe(found)["stop_timeout"] if found else 0
+    except Problem as problem:
         module.fail_json(msg=str(problem), run=run)
     started = time.monotonic()
     # One more renewal may still come from a play that was killed: its last
@@ -93,7 +95,7 @@ def main() -> None:
     seen: Set[Tuple[str, float]] = set()
     while True:
         try:
-            lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
+            lease = lock.take(run, params["who"], grace)
         except OSError as error:
             cure = "Mend that, and run the play again."
             if isinstance(error, PermissionError):

@@ -80,7 +80,15 @@ import time
 from typing import Any, Dict, List, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, lock, record, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
+    container,
+    dotenv,
+    lock,
+    record,
+    server,
+    shell,
+)
 
 
 def image_digests(image: str) -> List[str]:
@@ -97,7 +105,7 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
     # Later looks rely on its being that of these very files, also where somebody
     # has edited one since the proof.
     project = dotenv.values(files[server.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
-    made["config_hash"] = server.resolve_service(installed, directory, project, None)[1]
+    made["config_hash"] = compose.resolve(files, directory, project, None)[1]
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
@@ -109,7 +117,7 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
 def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
     """Give the proven image its name back where another one has it; say whether that was so."""
     image, wanted = proven.record["image"], proven.record["image_id"]
-    if server.image_id(image) == wanted:
+    if container.image_id(image) == wanted:
         return False
     tagged = (
         shell.Output(0, "", "") if module.check_mode else shell.run(["docker", "image", "tag", wanted, image])
@@ -175,7 +183,8 @@ def main() -> None:
     try:
         if params["lock"]:
             # What comes next may stop a server, which takes its time.
-            grace = (server.inspect_container() or {}).get("stop_timeout", 0)
+            found = container.inspect()
+            grace = container.describe(found)["stop_timeout"] if found else 0
             if not lock.renew(params["lock"], lock.STEP + grace):
                 raise server.Problem(
                     "Another play has taken over this server's change; this one has recorded nothing."
