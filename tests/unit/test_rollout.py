@@ -217,5 +217,7 @@ def test_the_playbook_refuses_waves_before_any_host_is_read(tmp_path: Path, wave
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers" in done.stderr
+    assert f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers" in " ".join(
+        done.stdout.split()
+    )
     assert done.stdout.count("TASK [") == 1

@@ -42,7 +42,7 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
 NAME = "gpu[bold]\x1b]0;x\x07"
 SHOWN = r"gpu[bold]\x1b]0;x\x07"
 LOG = "first :smile: [red]\n\tsecond \x1b[2J\x9b31m \u202e"
-LINES = ["    first :smile: [red]", r"            second \x1b[2J\x9b31m \u202e"]
+LINES = ["    first :smile: [red]", r"        second \x1b[2J\x9b31m \u202e"]
 
 
 def hostile() -> Rollout:
