@@ -58,7 +58,7 @@ def test_why_ansible_never_began_is_told(tmp_path: Path, words: tuple[str, ...])
     assert "\x1b" not in done.stderr
 
 
-LAST = {
+LAST: dict[str, Any] = {
     "schema": 1, "id": "20261122T190301Z", "request": {"gpu_device_id": "1"}, "files": [], "inventory": "hosts.yml",
     "wave": None, "hosts": [{"name": "gpu01", "outcome": "failed"}, {"name": "gpu02", "outcome": "changed"}],
 }  # fmt: skip
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_an_ansible_that_hangs_with_its_workers(
 @pytest.mark.parametrize("waves", [[0], [1, "150%"], ["10 %"], [1.5], [True], [], "1,2", 5], ids=str)
 def test_the_playbook_refuses_waves_before_any_host_is_read(tmp_path: Path, waves: object) -> None:
     (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    words = [
+    words: list[str | Path] = [
         Path(sys.executable).parent / "ansible-playbook",
         "-i",
         tmp_path / "hosts.yml",
