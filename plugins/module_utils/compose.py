@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -61,6 +61,11 @@ def resolve(
     # What it prints is meant to be read by Compose again: each $ is doubled.
     service = json.loads(config.out.replace("$$", "$"))["services"][SERVICE]
     return dict(service), str(config_hash)
+
+
+def passed_on(compose_file: bytes) -> Set[str]:
+    """Return the names of the variables that a compose file gives to the server as `.env` has them."""
+    return {name.decode() for name in re.findall(rb"^ {6}(\w+):[ \t]*$", compose_file, re.MULTILINE)}
 
 
 def explain(said: str, project_dir: str) -> str:

@@ -186,7 +186,7 @@ def installed_files(directory: str) -> List[FileChange]:
 def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
     """Return the three files as they are and as they should be, `.env` merged."""
     directory = wanted["project_dir"]
-    changes = []
+    changes: List[FileChange] = []
     for name, content, mode in (
         (COMPOSE_FILE, wanted["compose"], 0o644),
         (ENV_FILE, None, 0o600),
@@ -196,6 +196,9 @@ def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
         before, mode_now, owner = read_file(path)
         if content is None:
             base = wanted["env_example"].encode() if before is None else before
+            # What the server is no longer given, it was the role that wrote down.
+            given = compose.passed_on(changes[0].before or b"")
+            base = dotenv.without(base, given - {*settings.env_keys(wanted)})
             try:
                 after = dotenv.merge(base, env_keys(before, wanted))
             except ValueError as error:
@@ -231,11 +234,11 @@ def describe_changes(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> 
         elif not change.path.endswith("/" + ENV_FILE):
             sentences.append("{0} changes".format(change.path))
         else:
-            sentences.extend(describe_env(change.before, wanted))
+            sentences.extend(describe_env(change.before, change.after, wanted))
     return sentences
 
 
-def describe_env(content: bytes, wanted: Mapping[str, Any]) -> List[str]:
+def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> List[str]:
     """Say which keys of an existing `.env` would change: `GPU 0 → 1`."""
     before, secret = dotenv.texts(content), settings.secrets(wanted)
     sentences = []
@@ -247,6 +250,7 @@ def describe_env(content: bytes, wanted: Mapping[str, Any]) -> List[str]:
         else:
             name = "GPU" if key == "GPU_DEVICE_ID" else key
             sentences.append("{0} {1} → {2}".format(name, before.get(key) or "(unset)", value or "(unset)"))
+    sentences.extend("{0} is removed".format(key) for key in before if key not in dotenv.texts(merged))
     return sentences
 
 
@@ -317,8 +321,8 @@ def project_of(files: Sequence[FileChange], wanted: Mapping[str, Any], *, as_ins
 def orphans(files: Sequence[FileChange]) -> Iterator[str]:
     """Yield a note on settings in `.env` that are meant for the server and don't reach it."""
     content = {os.path.basename(one.path): one.after for one in files}
-    named = set(re.findall(rb"^ {6}(\w+):|\$\{(\w+)", content[COMPOSE_FILE], re.MULTILINE))
-    known = {one.decode() for pair in named for one in pair if one}
+    known = compose.passed_on(content[COMPOSE_FILE])
+    known.update(name.decode() for name in re.findall(rb"\$\{(\w+)", content[COMPOSE_FILE]))
     lost = [
         key
         for key, value in dotenv.texts(content[ENV_FILE]).items()

@@ -33,7 +33,7 @@ PHASES = {
     "configure": "configure",
     "deploy": "deploy",
     "verify": "verify",
-    "restore": "rollback", "restart_proven": "rollback", "start_proven": "rollback", "remove_container": "rollback",
+    "restore": "rollback", "restart_proven": "rollback", "start_proven": "rollback",
 }  # fmt: skip
 
 

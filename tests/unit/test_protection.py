@@ -1,4 +1,4 @@
-"""What protects a host: the record of what was proven, the lock, the preflight checks."""
+"""What protects a host: the record of what was proven, the preflight checks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, preflight, record, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight, record, shell
 
 FILES = {"docker-compose.serving.yml": b"services: {}\n", ".env": b"GPU_DEVICE_ID=0\n\xff\r\n"}
 
@@ -89,60 +88,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
         record.write_whole(str(path), b"new", 0o600)
     assert path.read_bytes() == b"old"
     assert [one.name for one in tmp_path.iterdir()] == [".env"]
-
-
-@pytest.fixture
-def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A lock of its own, and a clock that the test sets."""
-    now = [1000.0]
-    monkeypatch.setattr(lock, "PATH", str(tmp_path / "lock"))
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_one_play_holds_the_lock_until_it_gives_it_back(clock: list[float]) -> None:
-    assert lock.take("a", "A") is None
-    lease = lock.take("b", "B")
-    assert lease is not None
-    assert lease["who"] == "A"
-    assert not lock.release("b")
-    assert lock.release("a")
-    assert lock.take("b", "B") is None
-    assert clock
-
-
-def test_a_play_that_is_alive_keeps_the_lock(clock: list[float]) -> None:
-    lock.take("a", "A")
-    for _ in range(100):
-        clock[0] += lock.RENEWAL - 1
-        assert lock.renew("a")
-        assert lock.take("b", "B") is not None
-
-
-def test_a_look_before_a_long_step_keeps_the_lock_through_it(clock: list[float]) -> None:
-    lock.take("a", "A")
-    assert lock.renew("a", lock.STEP + 30)
-    clock[0] += lock.STEP + 29
-    assert lock.take("b", "B") is not None
-    clock[0] += 2
-    assert lock.take("b", "B") is None
-
-
-def test_the_lock_of_a_killed_play_runs_out(clock: list[float]) -> None:
-    lock.take("a", "A")
-    clock[0] += lock.STEP + 29
-    assert lock.take("b", "B") is not None
-    clock[0] += 2
-    assert lock.take("b", "B") is None
-    # Whoever comes back from the dead must not go on.
-    assert not lock.renew("a")
-    assert not lock.release("a")
-
-
-def test_a_lock_file_that_is_garbage_is_no_lock(clock: list[float]) -> None:
-    Path(lock.PATH).write_bytes(b"\xff\x00not json")
-    assert lock.take("a", "A") is None
-    assert clock
 
 
 def asked(**changes: Any) -> preflight.Asked:  # noqa: ANN401
