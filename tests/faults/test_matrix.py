@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from fleet.processes import kill_tree
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost, kill_tree
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
 
 MATRIX = ROOT / "tests/faults"
 FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
