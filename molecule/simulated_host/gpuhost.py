@@ -54,7 +54,10 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 
 FAULTS = {
     "runtime": "gives other cards than asked: other | two | all | none | ids, e.g. 0,1",
-    "nvidia_smi": "hang | missing",
+    "nvidia_smi": "hang | missing | flood (prints without end)",
+    "processes": "nvidia-smi lists no processes, as in an LXC guest: none",
+    "odd_rows": "rows of tenants' processes (see tenant): pid | memory | digits | uuid | fields, or several: pid,memory",
+    "odd_card": "a card's row in the list of cards, e.g. 0:memory (or digits | driver | bus | uuid | name | fields)",
     "driver": "gone | mismatch",
     "lost_card": "a running container (name or id) loses its card, until it is started again",
     "start_delay": "seconds that the server takes longer to start",
@@ -63,6 +66,9 @@ FAULTS = {
     "worker_dies_after": "the engine process dies so many seconds after it is ready",
     "health": "never healthy: 503 | closed (the port never opens)",
     "serve_as": "the server serves this model name instead",
+    "api": "what it answers below /v1: drip (a byte every 3 s, without end) | drip_headers (likewise) | flood",
+    "log_secret": "the server's log holds its API key: 1",
+    "log_escape": "the server's log holds control characters: 1",
 }
 
 
@@ -272,7 +278,7 @@ def host_image() -> str:
 
 # What the stand-in's image holds of this machine beside Python.
 COMMANDS = """
-    bash cat chmod cp curl cut date df dirname env false grep head hostname id kill ls mkdir mktemp mv
+    bash cat chmod cp cut date df dirname env false grep head hostname id kill ls mkdir mktemp mv
     printenv ps pwd rm sed sh sleep sort tail tee timeout touch tr true uname wc python3
 """
 

@@ -47,6 +47,16 @@ APP_ALIASES = {"name": "process_name", "used_memory": "used_gpu_memory"}
 SHORT = {"-i": "--id", "-d": "--display", "-q": "--query", "-L": "--list-gpus", "-c": "--count"}
 WITH_VALUE = ("--id", "--display", "--query-gpu", "--query-compute-apps", "--format", "--count")
 WITHOUT_VALUE = ("--query", "--list-gpus", "pmon")
+# What can be odd about a row, seen from drivers that were at a loss.
+ODD = {
+    "pid": {"pid": "[N/A]"},
+    "memory": {"used_gpu_memory": "ERR!", "memory.used": "ERR!", "memory.total": "[Unknown Error]"},
+    "digits": {"used_gpu_memory": "17592186044", "memory.used": "17592186044"},
+    "uuid": {"gpu_uuid": "[N/A]", "uuid": "[N/A]"},
+    "bus": {"pci.bus_id": "[N/A]"},
+    "driver": {"driver_version": "[Unknown Error]"},
+    "name": {"name": "NVIDIA H200, Rev. 2, \x1b[31mred\x07"},
+}
 APP_FIELDS = (
     "timestamp",
     "gpu_name",
@@ -102,9 +112,28 @@ def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> N
         print(
             ", ".join(
                 f"{value} {unit(field)}" if units and unit(field) and value != "[N/A]" else value
-                for field, value in zip(fields, row, strict=True)
+                for field, value in zip(fields, row, strict=False)
             )
         )
+
+
+def listed(card: gpu.Card) -> dict[int, int]:
+    """Return the MiB that each process holds, of those that it may list."""
+    return {} if gpu.fault("processes") == "none" else gpu.processes(card)
+
+
+def odd_card(card: gpu.Card) -> str:
+    """Return what was to be odd about the card's row."""
+    index, _, kinds = gpu.fault("odd_card").partition(":")
+    return kinds if index == str(card.index) else ""
+
+
+def spoiled(row: list[str], fields: list[str], kinds: str) -> list[str]:
+    """Return a row that is as odd as it was told to be."""
+    for kind in kinds.split(","):
+        odd = ODD.get(kind, {})
+        row = [odd.get(field, value) for field, value in zip(fields, row, strict=True)]
+    return row[:1] if "fields" in kinds.split(",") else row
 
 
 def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool) -> None:
@@ -117,12 +146,18 @@ def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool)
             fail(2, f'Field "{field}" is not a valid field to query.\n')
     if apps:
         rows = [
-            [app_value(card, pid, mib, field) for field in fields]
+            spoiled(
+                [app_value(card, pid, mib, field) for field in fields],
+                fields,
+                gpu.fault("odd_rows") if gpu.is_tenant(pid) else "",
+            )
             for card in cards
-            for pid, mib in gpu.processes(card).items()
+            for pid, mib in listed(card).items()
         ]
     else:
-        rows = [[gpu_value(card, field) for field in fields] for card in cards]
+        rows = [
+            spoiled([gpu_value(card, field) for field in fields], fields, odd_card(card)) for card in cards
+        ]
     print_csv(rows, fields, formats)
 
 
@@ -177,7 +212,7 @@ def table(cards: list[gpu.Card]) -> None:
     print(f"| {' GPU   GI   CI              PID   Type   Process name':<77}GPU Memory |")
     print(f"| {'       ID   ID':<77}{'Usage':<10} |")
     print(f"|{'=' * 89}|")
-    rows = [(card, pid, mib) for card in cards for pid, mib in gpu.processes(card).items()]
+    rows = [(card, pid, mib) for card in cards for pid, mib in listed(card).items()]
     for card, pid, mib in rows:
         name = short(gpu.process_name(pid), 38)
         print(f"|{card.index:>5}   N/A  N/A {pid:>15}      C   {name:<38}{mib:>5}MiB |")
@@ -196,7 +231,7 @@ def pids(cards: list[gpu.Card], attached: int) -> None:
     print(f"{'Attached GPUs':<55}: {attached}")
     for card in cards:
         print(f"GPU {card.bus_id}")
-        held = gpu.processes(card)
+        held = listed(card)
         print("    Processes" if held else f"{'    Processes':<55}: None")
         for pid, mib in held.items():
             for indent, key, value in (
@@ -216,7 +251,7 @@ def pmon(cards: list[gpu.Card]) -> None:
     print("# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command ")
     print("# Idx           #    C/G      %      %      %      %      %      %    name ")
     for card in cards:
-        held = gpu.processes(card)
+        held = listed(card)
         for pid in held:
             name = gpu.process_name(pid).rsplit("/", 1)[-1]
             print(f"{card.index:>5} {pid:>10}     C      0      0      -      -      -      -    {name:<15}")
@@ -238,6 +273,8 @@ def look_at_driver() -> list[gpu.Card]:
     if gpu.fault("nvidia_smi") == "hang":
         while True:
             time.sleep(3600)
+    while gpu.fault("nvidia_smi") == "flood":
+        print("0, " * 20000)
     state = gpu.fault("driver")
     if state == "mismatch":
         fail(18, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.159")

@@ -163,6 +163,14 @@ def process_name(pid: int) -> str:
     return os.fsdecode(title)
 
 
+def is_tenant(pid: int) -> bool:
+    """Whether the process is a tenant's (see gpu_tenant.py)."""
+    try:
+        return b"gpu_tenant.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def read_json(name: str) -> dict[str, Any]:
     """Read a file of the simulated driver; empty where there is none."""
     try:

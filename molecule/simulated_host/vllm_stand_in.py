@@ -9,6 +9,7 @@ the driver library comes with the card, from the runtime hook, as libcuda does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hmac
 import importlib
@@ -149,6 +150,14 @@ def fault(name: str) -> str:
     return str(gpu.fault(name)) if gpu else ""
 
 
+def talk(log: Log) -> None:
+    """Write what a plugin or a user's code may write into the log."""
+    if fault("log_secret"):
+        log.note("plugin.py:7", f"environment: VLLM_API_KEY={os.environ.get('VLLM_API_KEY', '')}")
+    if fault("log_escape"):
+        log.note("plugin.py:8", "\x1b]0;owned\x07 \x9b31mred")
+
+
 def set_title(title: str, comm: str) -> None:
     """Call this process `title` from now on, as vLLM does with setproctitle."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -266,6 +275,7 @@ class Engine:
                 f"Loading safetensors checkpoint shards: {part * 25:>3}% Completed | {part}/4 "
                 f"[00:{int(delay * part / 4):02}<00:00,  3.20it/s]"
             )
+            talk(self.log)  # the last line while it loads
             if part < 4:
                 self.pause(0.1 + delay / 4)
         self.log.note("default_loader.py:430", f"Loading weights took {0.4 + delay:.2f} seconds")
@@ -334,6 +344,7 @@ class Server:
         }
         self.log.note("api_utils.py:339", f"vLLM API server version {VERSION}, model {self.model}")
         self.log.note("api_utils.py:273", f"non-default args: {changed}")
+        talk(self.log)
 
     def start_engine(self) -> int:
         """Start the children; return what becomes readable once the engine is ready or dead."""
@@ -547,11 +558,27 @@ class Handler(BaseHTTPRequestHandler):
             or any(hmac.compare_digest(token.encode(), key.encode()) for key in self.api.keys)
         )
 
+    def never_end(self, how: str) -> None:
+        """Answer until the caller hangs up."""
+        self.close_connection = True
+        piece, pause = (b" " * 65536, 0) if how == "flood" else (b" ", 3)
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        if how == "drip_headers":
+            self.wfile.write(b"X-Slow: ")
+        else:
+            self.wfile.write(b"Content-Type: application/json\r\nConnection: close\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(piece)
+                time.sleep(pause)
+
     def do_GET(self) -> None:
         """Answer a GET."""
         path = self.path.partition("?")[0]
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
+        elif path.startswith("/v1/") and fault("api"):
+            self.never_end(fault("api"))
         elif path in ("/health", "/ping"):
             self.reply(503 if self.api.dead or fault("health") == "503" else 200)
         elif path == "/v1/models":
@@ -569,6 +596,9 @@ class Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
+            return
+        if path.startswith("/v1/") and fault("api"):
+            self.never_end(fault("api"))
             return
         if path == "/ping":
             self.do_GET()

@@ -54,9 +54,11 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     """
     connection = http.client.HTTPConnection(where.host, where.port, timeout=deadline)
     connection.connect()
-    stream, late = connection.sock, threading.Event()
+    stream = connection.sock
 
     # The socket's own timeout begins anew with each byte: an answer that drips would never end.
+    late = threading.Event()
+
     def hang_up() -> None:
         late.set()
         with contextlib.suppress(OSError):

@@ -443,8 +443,8 @@ def check_listing(asked: Asked) -> Optional[str]:
         return None
     return (
         "nvidia-smi lists no process on any GPU of this host, although {0} is at work and answers: whichever card a "
-        "server is on, that couldn't be proven, so the one that runs was left alone. This is so in an LXC guest, whose "
-        "driver sees other process ids than the guest does. Run the play on the host itself.".format(
+        "server is on, that couldn't be proven, so the one that runs was left alone. This happens in an LXC guest, for "
+        "example, whose driver knows other process ids than the guest: there, run the play on the host itself.".format(
             container.CONTAINER
         )
     )

@@ -23,6 +23,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     record,
     settings,
     shell,
+    trust,
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
 
@@ -61,7 +62,7 @@ _FOR_THE_SERVER = re.compile(
 )
 
 # What vllm_gpu_force may name.
-FORCE = ["drift", "exposure", "mig", "training"]
+FORCE = ["drift", "exposure", "irreversible", "mig", "training"]
 
 WANTED_OPTIONS: Dict[str, Any] = {
     "project_dir": {"type": "path", "required": True},
@@ -157,16 +158,10 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
 
 def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
     """Return a file's bytes, mode and owner, or (None, 0, 0) where there is none."""
-    try:
-        with open(path, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            return stream.read(), stat.S_IMODE(status.st_mode), status.st_uid
-    except FileNotFoundError:
+    found = trust.read(path)
+    if found is None:
         return None, 0, 0
-    except OSError as error:
-        raise Problem(
-            "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
-        ) from error
+    return found.content, stat.S_IMODE(found.status.st_mode), found.status.st_uid
 
 
 def installed_files(directory: str) -> List[FileChange]:

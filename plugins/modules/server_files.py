@@ -9,6 +9,7 @@ module: server_files
 short_description: Write the compose file, .env and the referee of the vLLM service
 description:
   - Writes the three files of the service where they differ, each one whole or not at all.
+  - Removes what plays that were killed have left in the directory.
   - An existing C(.env) keeps every key, comment and byte that the role doesn't decide.
   - No secret shows in the result or in the diff.
 author: vllm_gpu maintainers (@mlops)
@@ -55,6 +56,9 @@ options:
         description: The same for environment variables of the server.
         type: dict
         default: {}
+  lock:
+    description: The play that must hold the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
+    type: str
 attributes:
   check_mode:
     description: Writes nothing and says what it would write.
@@ -76,13 +80,18 @@ written:
   returned: always
   type: list
   elements: str
+removed:
+  description: Paths of what killed plays had left, that were, or in check mode would be, removed.
+  returned: always
+  type: list
+  elements: str
 """
 
 import os
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, record, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, leftovers, lock, record, server
 
 
 def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
@@ -117,16 +126,23 @@ def diff(change: server.FileChange, wanted: Mapping[str, Any]) -> Dict[str, str]
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec={"wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS}},
+        argument_spec={
+            "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
+            "lock": {"type": "str"},
+        },
         supports_check_mode=True,
     )
     wanted = module.params["wanted"]
     try:
-        changes = [change for change in server.compare_files(wanted) if change.differs]
-        if not module.check_mode:
-            os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
-            for change in changes:
-                record.write_whole(change.path, change.after, change.mode)
+        with lock.holding(None if module.check_mode else module.params["lock"]):
+            changes = [change for change in server.compare_files(wanted) if change.differs]
+            found = leftovers.leftovers(wanted["project_dir"])
+            if not module.check_mode:
+                os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
+                leftovers.remove(found)
+                # The referee first: it tells that the directory is the role's.
+                for change in reversed(changes):
+                    record.write_whole(change.path, change.after, change.mode)
     except server.Problem as problem:
         module.fail_json(msg=str(problem))
     except OSError as error:
@@ -135,8 +151,9 @@ def main() -> None:
             "run the play again.".format(error.filename or wanted["project_dir"], error.strerror)
         )
     module.exit_json(
-        changed=bool(changes),
+        changed=bool(changes or found),
         written=[change.path for change in changes],
+        removed=found,
         diff=[diff(change, wanted) for change in changes],
         invocation=server.invocation(module.params),
     )

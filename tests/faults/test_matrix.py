@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from fleet.processes import kill_tree
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost, kill_tree
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
 
 MATRIX = ROOT / "tests/faults"
 FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
@@ -205,21 +206,21 @@ ROWS = [
     Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("bad model", "is not a valid model identifier", variables={"vllm_gpu_model": "acme/does-not-exist"}),
     Row("wrong flag", "unrecognized arguments", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
     Row("never healthy", "was not ready after 5 s", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("port never opens", "was not ready after 5 s", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("healthy but serving another model", "it serves acme/other, not Qwen/Qwen3-0.6B", fault("serve_as=acme/other"),
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("crash_after=3"),
         run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
     Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("worker_dies_after=3"),
@@ -241,6 +242,11 @@ ROWS = [
     Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
     Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
+    Row("a directory that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
+    Row("a record that others could write", "can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
+    Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
+    Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && chgrp ops .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}),
+    Row("bad model, and .env is a link", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && mv .env /root/linked && ln -s /root/linked .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}, cure=on_host(f"cd {DIRECTORY} && rm .env && mv /root/linked .env")),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
     Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
@@ -249,9 +255,11 @@ ROWS = [
 
 
 def digests(host: GpuHost) -> dict[str, str]:
-    """The service's files and their checksums."""
-    listing = host.look.run(f"cd {DIRECTORY} && md5sum {' '.join(FILES)}").stdout
-    return {line.split()[1]: line.split()[0] for line in listing.splitlines()}
+    """The service's files: their checksums, modes, owners, groups and where they link to."""
+    listing = host.look.run(
+        f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %F' $f) $(readlink $f); done"
+    ).stdout
+    return dict(line.split(" ", 1) for line in listing.splitlines())
 
 
 def baseline(host: GpuHost) -> None:

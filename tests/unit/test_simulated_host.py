@@ -56,7 +56,7 @@ sys.path.insert(0, sys.argv[1])
 import simulated_gpu as gpu
 gpu.STATE, gpu.DEVICES = Path(sys.argv[2]), Path(sys.argv[3])
 try:
-    held = [gpu.allocate(card, int(mib)) for card, mib in zip(gpu.visible_cards(), sys.argv[4:]) if int(mib)]
+    held = [gpu.allocate(card, int(mib)) for card, mib in zip(gpu.visible_cards(), sys.argv[4:-1]) if int(mib)]
 except gpu.OutOfMemoryError:
     sys.exit("out of memory")
 print("holding", flush=True)
@@ -83,7 +83,7 @@ class Machine:
         self.gpu, self.smi, self.capture = gpu, smi, capture
         self.processes: list[subprocess.Popen[str]] = []
 
-    def hold(self, *mib: int) -> subprocess.Popen[str]:
+    def hold(self, *mib: int, title: str = "") -> subprocess.Popen[str]:
         """Start a process that holds so much of each card."""
         process = subprocess.Popen(
             [
@@ -94,6 +94,7 @@ class Machine:
                 str(self.gpu.STATE),
                 str(self.gpu.DEVICES),
                 *map(str, mib),
+                title,
             ],
             executable=sys.executable,
             stdin=subprocess.PIPE,
@@ -229,3 +230,46 @@ def test_a_container_that_lost_its_card(machine: Machine) -> None:
     node.unlink()
     node.touch()
     assert machine.nvidia_smi("-L") == ("Failed to initialize NVML: Unknown Error\n", 255)
+
+
+def test_no_processes_are_listed_but_their_memory_is_used(machine: Machine) -> None:
+    pid = str(machine.hold(1000, 0).pid)
+    calls = (
+        ("--query-compute-apps=pid", "--format=csv,noheader"),
+        (),
+        ("-q", "-d", "PIDS"),
+        ("pmon", "-c", "1"),
+    )
+    assert all(pid in machine.nvidia_smi(*call)[0] for call in calls)
+    (machine.gpu.STATE / "faults.json").write_text('{"processes": "none"}')
+    assert not any(pid in machine.nvidia_smi(*call)[0] for call in calls)
+    assert machine.nvidia_smi(*calls[0]) == ("", 0)
+    assert "No running processes found" in machine.nvidia_smi()[0]
+    assert machine.nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits")[0] == "1009\n0\n"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "row"),
+    [
+        ("pid", "{uuid}, [N/A], 500"),
+        ("memory", "{uuid}, {pid}, ERR!"),
+        ("digits", "{uuid}, {pid}, 17592186044"),
+        ("uuid,pid", "[N/A], [N/A], 500"),
+        ("fields", "{uuid}"),
+    ],
+)
+def test_only_the_rows_of_tenants_are_odd(machine: Machine, kinds: str, row: str) -> None:
+    (machine.gpu.STATE / "faults.json").write_text(json.dumps({"odd_rows": kinds}))
+    tenant, other = machine.hold(500, 0, title="gpu_tenant.py"), machine.hold(0, 700)
+    said, _ = machine.nvidia_smi(
+        "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"
+    )
+    first, second = (card["uuid"] for card in CARDS["cards"])  # type: ignore[index]
+    assert said.splitlines() == [row.format(uuid=first, pid=tenant.pid), f"{second}, {other.pid}, 700"]
+
+
+def test_only_the_row_of_that_card_is_odd(machine: Machine) -> None:
+    query = ("--query-gpu=index,uuid,memory.total,memory.used", "--format=csv,noheader,nounits")
+    plain = machine.nvidia_smi(*query)[0].splitlines()
+    (machine.gpu.STATE / "faults.json").write_text('{"odd_card": "0:memory,uuid"}')
+    assert machine.nvidia_smi(*query)[0].splitlines() == ["0, [N/A], [Unknown Error], ERR!", plain[1]]
