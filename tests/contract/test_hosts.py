@@ -12,9 +12,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
-EMPTY = {"all": {"children": {"vllm_gpu": {"hosts": {}}}}}
-OTHER = {"web": {"hosts": {"web01": None}}}
-HOSTS = {"vllm_gpu": {"hosts": {"gpu01": None, "gpu02": None}}, "web": {"hosts": {"web01": None}}}
+EMPTY: object = {"all": {"children": {"vllm_gpu": {"hosts": {}}}}}
+OTHER: object = {"web": {"hosts": {"web01": None}}}
+HOSTS: object = {"vllm_gpu": {"hosts": {"gpu01": None, "gpu02": None}}, "web": {"hosts": {"web01": None}}}
 
 
 def play(
