@@ -94,7 +94,7 @@ start:
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, outgoing, snapshot
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # How long a Docker Engine may be away, as for a restart; seconds.
@@ -146,7 +146,9 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     }
     failed += made.failed
     if failed:
-        return dict(result, failed=True, msg=" ".join(failed))
+        # Docker and the file system have a say in these.
+        msg = outgoing.message(Problem(" ".join(failed)), params["project_dir"])
+        return dict(result, failed=True, msg=msg)
     return dict(
         result, changed=bool(result["restored"] or result["removed"]), volumes=snapshot.new_volumes(kept)
     )
@@ -192,7 +194,7 @@ def main() -> None:
     try:
         result = do(module.params)
     except Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(
