@@ -117,6 +117,6 @@ def probe(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
     except (OSError, http.client.HTTPException) as error:
         # Also where only /v1/models gave none: that says nothing about what is served.
         result.update(healthy=False, error="no answer from {0} ({1})".format(where.url, error))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         result["error"] = "/v1/models answers with no list of models ({0})".format(error)
     return result

@@ -90,6 +90,8 @@ def explain(said: str, project_dir: str) -> str:
     cure = ""
     if re.search(r"invalid (interpolation|template)", said, re.IGNORECASE):
         cure = " A value with a $ needs single quotes."
+    if "invalid command line string" in said:
+        cure = " Give vllm_gpu_extra_args as a list, one word an element, and the model without quotes."
     return "Compose can't use the configuration for {0}: {1}{2}".format(
         project_dir, said or "no message", cure
     )
