@@ -129,13 +129,17 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
         files = snapshot.restore_files(kept)
     failed = list(files.failed)
     made, start = snapshot.Outcome([], [], []), False
-    try:
-        snapshot.wait_for_engine(_AWAY)
-        with lock.holding(params["lock"]):
-            made = snapshot.restore_engine(kept)
-        start = snapshot.must_start(kept)
-    except container.Unanswered as problem:
-        failed.append(str(problem))
+    # The engine may go away once more, in the middle of it; what was done by then stays done.
+    for last in (False, True):
+        try:
+            snapshot.wait_for_engine(_AWAY)
+            with lock.holding(params["lock"]):
+                snapshot.restore_engine(kept, made)
+            start = snapshot.must_start(kept)
+            break
+        except container.Unanswered as problem:
+            if last:
+                failed.append(str(problem))
     result = {
         "restored": files.restored + made.restored,
         "removed": files.removed + made.removed,
@@ -157,6 +161,7 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
 def start(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Start the container where it ran before."""
     kept = snapshot.load(params["project_dir"])
+    snapshot.wait_for_engine(_AWAY)
     if kept is None or not snapshot.must_start(kept):
         return {"changed": False}
     snapshot.wait_for_memory()

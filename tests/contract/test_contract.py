@@ -225,5 +225,5 @@ def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> 
         if "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
         or "__vllm_gpu_command" in str(task.get("ansible.builtin.command"))
     ]
-    assert len(callers) == 3
+    assert len(callers) == 2
     assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []
