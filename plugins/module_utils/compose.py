@@ -65,7 +65,9 @@ def resolve(
 
 def passed_on(compose_file: bytes) -> Set[str]:
     """Return the names of the variables that a compose file gives to the server as `.env` has them."""
-    return {name.decode() for name in re.findall(rb"^ {6}(\w+):[ \t]*$", compose_file, re.MULTILINE)}
+    block = re.search(rb"^    environment:\n((?: {6}.*\n)*)", compose_file, re.MULTILINE)
+    names = re.findall(rb"^ {6}(\w+):[ \t]*$", block.group(1), re.MULTILINE) if block else []
+    return {name.decode() for name in names}
 
 
 def named(compose_file: bytes) -> Set[str]:

@@ -221,7 +221,18 @@ def test_nothing_said_is_said_so() -> None:
     assert compose.explain("", "/opt/x") == "Compose can't use the configuration for /opt/x: no message"
 
 
-@pytest.mark.parametrize("path", [b"      A:\n", b"      A: \n      B: x\n", b"     A:\n      B:\n"])
-def test_the_names_that_a_file_passes_on(path: bytes) -> None:
-    expected = {"B"} if path.startswith(b"     A") else {"A"}
-    assert compose.passed_on(b"services:\n  vllm:\n    environment:\n" + path) == expected
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        ("      A:\n      # B:\n      C: \n      D: x\n      E: ${E:-}\n", {"A", "C"}),
+        ("      environment:\n      test:\n", {"environment", "test"}),
+        ("", set()),
+    ],
+)
+def test_the_names_that_a_file_passes_on(block: str, names: set[str]) -> None:
+    """Not those of other parts of the file, whose namesakes in .env are the user's own."""
+    assert (
+        compose.passed_on(COMPOSE.replace("    environment:\n", f"    environment:\n{block}").encode())
+        == names
+    )
+    assert compose.passed_on(b"services: {}\n") == set()

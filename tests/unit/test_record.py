@@ -105,7 +105,7 @@ def kept(directory: Path, which: str) -> record.Proven:
 
 
 def proof(number: int) -> dict[str, Any]:
-    return {"number": number, "requested": "1", "gpu": {"uuid": f"GPU-{number}"}}
+    return {**RECORD, "number": number, "requested": "1", "gpu": {"uuid": f"GPU-{number}"}}
 
 
 def test_nothing_was_proven_yet(tmp_path: Path) -> None:
