@@ -70,6 +70,12 @@ def passed_on(compose_file: bytes) -> Set[str]:
     return {name.decode() for name in names}
 
 
+def named(compose_file: bytes) -> Set[str]:
+    """Return the keys of `.env` that a compose file uses at all."""
+    used = re.findall(rb"\$\{(\w+)", compose_file)
+    return passed_on(compose_file) | {name.decode() for name in used}
+
+
 def explain(said: str, project_dir: str) -> str:
     """Return why Compose refused, with the cure where the cause was recognised."""
     if re.search("is not a docker command|unknown shorthand flag|unknown flag", said):

@@ -69,6 +69,11 @@ def spellings(secrets: Iterable[str]) -> List[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def message(problem: Exception, project_dir: str) -> str:
+    """Return a module's message about what went wrong, as it may leave the host."""
+    return str(clean(str(problem), known(project_dir, {})))
+
+
 def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
     """Return `value` with each text in it, however deep, safe to be shown."""
     return _clean(value, spellings(secrets))

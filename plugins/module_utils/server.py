@@ -18,6 +18,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compose,
     container,
     dotenv,
+    leftovers,
     outgoing,
     preflight,
     record,
@@ -316,8 +317,7 @@ def project_of(files: Sequence[FileChange], wanted: Mapping[str, Any], *, as_ins
 def orphans(files: Sequence[FileChange]) -> Iterator[str]:
     """Yield a note on settings in `.env` that are meant for the server and don't reach it."""
     content = {os.path.basename(one.path): one.after for one in files}
-    known = compose.passed_on(content[COMPOSE_FILE])
-    known.update(name.decode() for name in re.findall(rb"\$\{(\w+)", content[COMPOSE_FILE]))
+    known = compose.named(content[COMPOSE_FILE])
     lost = [
         key
         for key, value in dotenv.texts(content[ENV_FILE]).items()
@@ -402,8 +402,13 @@ def read_files(
 ) -> Judged:
     """Compare the files and the container with what is wanted, or with the files that are installed."""
     files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
-    state["files_differ"] = any(change.differs for change in files)
-    state["changes"] = describe_changes([change for change in files if change.differs], wanted)
+    changes = [change for change in files if change.differs]
+    left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
+    state["files_differ"] = bool(changes or left)
+    state["changes"] = describe_changes(changes, wanted)
+    state["changes"].extend(
+        "{0}, which an interrupted play has left, is removed".format(path) for path in left
+    )
     state["project"] = project_of(files, wanted, as_installed=as_installed)
     contents = {os.path.basename(one.path): one.after for one in files[:2]}
     same = last if last and contents.items() <= last.files.items() else None

@@ -280,9 +280,8 @@ def _clear(directory: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_engine(kept: Mapping[str, Any]) -> Outcome:
+def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
     """Put the images' names, the container and its networks back as they were found; start nothing."""
-    done = Outcome([], [], [])
     for image, wanted in kept["images"].items():
         with done.step():
             _restore_image(image, wanted, done)

@@ -72,6 +72,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     container,
     dotenv,
     lock,
+    outgoing,
     record,
     server,
     shell,
@@ -167,7 +168,7 @@ def main() -> None:
             else:
                 result = restore(module, params["project_dir"])
     except server.Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(

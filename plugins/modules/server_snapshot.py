@@ -94,7 +94,7 @@ start:
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, outgoing, snapshot
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # How long a Docker Engine may be away, as for a restart; seconds.
@@ -129,13 +129,17 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
         files = snapshot.restore_files(kept)
     failed = list(files.failed)
     made, start = snapshot.Outcome([], [], []), False
-    try:
-        snapshot.wait_for_engine(_AWAY)
-        with lock.holding(params["lock"]):
-            made = snapshot.restore_engine(kept)
-        start = snapshot.must_start(kept)
-    except container.Unanswered as problem:
-        failed.append(str(problem))
+    # The engine may go away once more, in the middle of it; what was done by then stays done.
+    for last in (False, True):
+        try:
+            snapshot.wait_for_engine(_AWAY)
+            with lock.holding(params["lock"]):
+                snapshot.restore_engine(kept, made)
+            start = snapshot.must_start(kept)
+            break
+        except container.Unanswered as problem:
+            if last:
+                failed.append(str(problem))
     result = {
         "restored": files.restored + made.restored,
         "removed": files.removed + made.removed,
@@ -146,7 +150,9 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     }
     failed += made.failed
     if failed:
-        return dict(result, failed=True, msg=" ".join(failed))
+        # Docker and the file system have a say in these.
+        msg = outgoing.message(Problem(" ".join(failed)), params["project_dir"])
+        return dict(result, failed=True, msg=msg)
     return dict(
         result, changed=bool(result["restored"] or result["removed"]), volumes=snapshot.new_volumes(kept)
     )
@@ -155,6 +161,7 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
 def start(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Start the container where it ran before."""
     kept = snapshot.load(params["project_dir"])
+    snapshot.wait_for_engine(_AWAY)
     if kept is None or not snapshot.must_start(kept):
         return {"changed": False}
     snapshot.wait_for_memory()
@@ -192,7 +199,7 @@ def main() -> None:
     try:
         result = do(module.params)
     except Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(

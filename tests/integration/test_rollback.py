@@ -212,7 +212,7 @@ def test_a_name_that_was_moved_to_another_image_means_that_one_again(served: Gpu
 
 def test_a_change_after_one_that_was_killed_goes_back_to_before_both(served: GpuHost) -> None:
     before = as_it_is(served)
-    served.fault("health=503")
+    served.fault("start_delay=60")  # not of the server that runs
     while_it_runs("waiting: ", kill)(served, {"vllm_gpu_shm_size": "1gb"})
     served.fault("--clear")
     served.look.check_output("rm /run/vllm_gpu.lock; docker stop vllm-server")

@@ -68,7 +68,8 @@ def test_what_is_too_short_to_be_hidden_hides_nothing(nothing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [*range(9), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xD800]
+    "code",
+    [*range(9), *range(0x0B, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xD800, 0xDC9B, 0xDFFF],
 )  # fmt: skip
 def test_control_characters_are_written_out(code: int) -> None:
     shown = outgoing.visible(f"a{chr(code)}b")

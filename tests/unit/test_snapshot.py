@@ -271,7 +271,7 @@ def test_the_container_is_made_again(project: Path, docker: Docker) -> None:
     docker.add(NEW)
     docker.add("c" * 64, name="aaaaaaaaaaaa_vllm-server")
     docker.add("d" * 64, name="my-vllm-server")
-    done = snapshot.restore_engine(kept)
+    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert docker.done == [
         f"stop {NEW}", f"rm --force {NEW}", f"stop {'c' * 64}", f"rm --force {'c' * 64}",
         "create vllm-server from vllm:1 as a",
@@ -285,7 +285,7 @@ def test_a_name_that_means_another_image_is_not_made_from(project: Path, docker:
     docker.images["vllm:1"] = "sha256:2"  # moved before this change, by somebody
     kept = take(project)
     docker.containers.clear()
-    snapshot.restore_engine(kept)
+    snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert docker.done == ["create vllm-server from sha256:1 as a"]
 
 
@@ -295,7 +295,7 @@ def test_the_old_container_gets_its_name_back(project: Path, docker: Docker) -> 
     kept = json.loads(json.dumps(kept))
     raw["Name"], raw["State"]["Running"] = f"/{OLD[:12]}_vllm-server", False
     docker.add(NEW)
-    done = snapshot.restore_engine(kept)
+    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert docker.done == [f"stop {NEW}", f"rm --force {NEW}", f"rename {OLD} vllm-server"]
     assert done.restored == ["the name of the container vllm-server"]
     raw["Name"] = "/vllm-server"
@@ -308,7 +308,9 @@ def test_one_that_was_stopped_is_stopped_again_and_not_started(project: Path, do
     raw = docker.add(OLD, running=False)
     kept = json.loads(json.dumps(take(project)))
     raw["State"]["Running"] = True
-    assert snapshot.restore_engine(kept).restored == ["the container vllm-server, stopped as before"]
+    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).restored == [
+        "the container vllm-server, stopped as before"
+    ]
     assert docker.done == [f"stop {OLD}"]
     raw["State"]["Running"] = False
     assert not snapshot.must_start(kept)
@@ -317,14 +319,14 @@ def test_one_that_was_stopped_is_stopped_again_and_not_started(project: Path, do
 def test_somebody_elses_container_is_not_removed(project: Path, docker: Docker) -> None:
     kept = take(project)
     docker.add(NEW, where="/srv/elsewhere")
-    assert snapshot.restore_engine(kept).removed == []
+    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).removed == []
     assert docker.done == []
 
 
 def test_an_image_gets_its_name_back_and_a_pulled_one_stays(project: Path, docker: Docker) -> None:
     kept = take(project, images=("vllm:1", "vllm:2"))
     docker.images.update({"vllm:1": "sha256:2", "vllm:2": "sha256:2"})
-    assert snapshot.restore_engine(kept).restored == ["the image vllm:1"]
+    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).restored == ["the image vllm:1"]
     assert docker.done == ["image tag sha256:1 vllm:1"]
 
 
@@ -340,7 +342,7 @@ def test_networks_of_the_change_go_and_those_that_were_there_stay_or_come_back(
         network("1", "stays"), network("3", "vllm-gpu_default"), network("4", "used", Containers={"x": {}}),
         network("5", "mine", Labels={}),
     ]  # fmt: skip
-    done = snapshot.restore_engine(kept)
+    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert docker.done == ["network rm 3", "create gone"]
     assert (done.restored, done.removed) == (["the network gone"], ["the network vllm-gpu_default"])
 
@@ -382,7 +384,7 @@ def test_one_thing_that_cannot_be_put_back_keeps_no_other(
         return shell.Output(1, "", "no") if argv[1:3] == ["image", "tag"] else run(argv, **options)
 
     monkeypatch.setattr(shell, "run", failing)
-    done = snapshot.restore_engine(kept)
+    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert done.failed == ["`docker image tag sha256:1 vllm:1` failed: no"]
     assert done.removed == ["the container that failed"]
 
