@@ -80,7 +80,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 lost = error
             if not (lost or state.get("unanswered")):
                 return state
-            away_since = away_since or time.monotonic()
+            if away_since is None:
+                away_since = time.monotonic()
+                what = "the connection" if lost else "the Docker Engine"
+                name = task_vars.get("inventory_hostname", "host")
+                display.display(f"{name}: waiting: {what} gives no answer; trying again for {_AWAY} s")
             if time.monotonic() - away_since > _AWAY:
                 if lost:
                     raise lost

@@ -57,7 +57,10 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     stream = connection.sock
 
     # The socket's own timeout begins anew with each byte: an answer that drips would never end.
+    late = threading.Event()
+
     def hang_up() -> None:
+        late.set()
         with contextlib.suppress(OSError):
             stream.shutdown(socket.SHUT_RDWR)
 
@@ -72,10 +75,9 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     except (OSError, http.client.HTTPException) as problem:
         error = problem
     finally:
-        late = not alarm.is_alive()
         alarm.cancel()
         connection.close()
-    if late:
+    if late.is_set():
         raise TimeoutError("no whole answer to {0} within {1} s".format(path, deadline))
     if error:
         raise error
@@ -115,6 +117,6 @@ def probe(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
     except (OSError, http.client.HTTPException) as error:
         # Also where only /v1/models gave none: that says nothing about what is served.
         result.update(healthy=False, error="no answer from {0} ({1})".format(where.url, error))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         result["error"] = "/v1/models answers with no list of models ({0})".format(error)
     return result

@@ -65,7 +65,15 @@ def resolve(
 
 def passed_on(compose_file: bytes) -> Set[str]:
     """Return the names of the variables that a compose file gives to the server as `.env` has them."""
-    return {name.decode() for name in re.findall(rb"^ {6}(\w+):[ \t]*$", compose_file, re.MULTILINE)}
+    block = re.search(rb"^    environment:\n((?: {6}.*\n)*)", compose_file, re.MULTILINE)
+    names = re.findall(rb"^ {6}(\w+):[ \t]*$", block.group(1), re.MULTILINE) if block else []
+    return {name.decode() for name in names}
+
+
+def named(compose_file: bytes) -> Set[str]:
+    """Return the keys of `.env` that a compose file uses at all."""
+    used = re.findall(rb"\$\{(\w+)", compose_file)
+    return passed_on(compose_file) | {name.decode() for name in used}
 
 
 def explain(said: str, project_dir: str) -> str:
@@ -84,6 +92,8 @@ def explain(said: str, project_dir: str) -> str:
     cure = ""
     if re.search(r"invalid (interpolation|template)", said, re.IGNORECASE):
         cure = " A value with a $ needs single quotes."
+    if "invalid command line string" in said:
+        cure = " Give vllm_gpu_extra_args as a list, one word an element, and the model without quotes."
     return "Compose can't use the configuration for {0}: {1}{2}".format(
         project_dir, said or "no message", cure
     )

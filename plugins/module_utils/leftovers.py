@@ -40,6 +40,12 @@ def leftovers(project_dir: str) -> List[str]:
     return found
 
 
+def interrupted(project_dir: str) -> List[str]:
+    """Return the leftovers, and what a change that never ended has kept: the end of the next one removes that."""
+    before = os.path.join(project_dir, record.KEEP, record.BEFORE)
+    return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
+
+
 def remove(paths: List[str]) -> None:
     """Remove files, links and directories; one that is gone already is no error."""
     for path in paths:

@@ -22,8 +22,9 @@ SECRET_NAME = re.compile(
 # A shorter value stands in anything; nobody could read what is left.
 _SHORTEST = 3
 _LOGIN = re.compile(r"//[^/@\s]*:([^/@\s]+)@")
-# C0 but tabs and line breaks, DEL and C1, and what turns the direction of a text around.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# C0 but tabs and line breaks, DEL and C1, what turns the direction of a text around, and half
+# characters, which no terminal and no JSON can take.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
@@ -58,8 +59,19 @@ def spellings(secrets: Iterable[str]) -> List[str]:
     found: Set[str] = set()
     for one in secrets:
         if len(one) >= _SHORTEST:
-            found |= {one, json.dumps(one)[1:-1], repr(one)[1:-1], shlex.quote(one), urllib.parse.quote(one)}
+            found |= {one, repr(one)[1:-1], shlex.quote(one), one.replace("$", "$$")}
+            found |= {json.dumps(one, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
+            found |= {
+                urllib.parse.quote(one, safe="/"),
+                urllib.parse.quote(one, safe=""),
+                urllib.parse.quote_plus(one),
+            }
     return sorted(found, key=len, reverse=True)
+
+
+def message(problem: Exception, project_dir: str) -> str:
+    """Return a module's message about what went wrong, as it may leave the host."""
+    return str(clean(str(problem), known(project_dir, {})))
 
 
 def clean(value: Any, secrets: Iterable[str] = ()) -> Any:

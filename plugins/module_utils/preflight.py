@@ -51,8 +51,8 @@ def check_engine(_asked: Asked) -> Optional[str]:
     """The engine is new enough, and knows how to give a container a GPU."""
     output = shell.run(["docker", "info", "--format", "{{json .}}"])
     try:
-        info = json.loads(output.out)
-    except ValueError:
+        info = dict(json.loads(output.out))
+    except (ValueError, TypeError):
         info = {}
     found = info.get("ServerVersion")
     if not found:
@@ -152,15 +152,16 @@ def is_called(gpu: Mapping[str, Any], name: str) -> bool:
     """Return whether `name` is an index, UUID or PCI bus id (with or without its domain) of a card or MIG instance."""
     bus = gpu["pci_bus_id"].lower()
     return name.lower() in (
-        str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", "").lower(), bus, bus[4:], bus.split(":", 1)[1]
+        str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", gpu["uuid"]).lower(), bus, bus[4:], bus.split(":", 1)[1]
     )  # fmt: skip
 
 
 def check_training_ids(asked: Asked) -> Optional[str]:
     """Each card that is set aside for training exists: a misspelt one would protect none."""
-    names = [str(one).strip() for one in asked.training_gpus]
+    # `-e vllm_gpu_training_gpus=` is a list with an empty text.
+    names = filter(None, (str(one).strip() for one in asked.training_gpus))
     lost = [one for one in names if not any(is_called(gpu, one) for gpu in asked.state["gpus"])]
-    lost = [one for one in lost if not one.startswith("MIG-") or one not in list_gpus()]
+    lost = [one for one in lost if not one.startswith("MIG-") or "(UUID: {0})".format(one) not in list_gpus()]
     if not lost:
         return None
     return (
@@ -249,12 +250,15 @@ def check_port(asked: Asked) -> Optional[str]:
     found = asked.state["container"]
     mine = [one for one in (found["bindings"] if found else []) if one["port"] == port]
     running = bool(mine) and found["status"] in ("running", "restarting")
+    # Between two starts another container may have taken the port.
+    lost = running and found["status"] == "restarting" and bool(publishers(port))
     others = [
         one
         for one in listeners(port)
         if overlap(one.address, address)
         and not (
             running
+            and not lost
             and any(one.address == binding["address"] for binding in mine)
             and one.program in ("", *_ENGINE)
         )
@@ -439,8 +443,8 @@ def check_listing(asked: Asked) -> Optional[str]:
         return None
     return (
         "nvidia-smi lists no process on any GPU of this host, although {0} is at work and answers: whichever card a "
-        "server is on, that couldn't be proven, so the one that runs was left alone. This is so in an LXC guest, whose "
-        "driver sees other process ids than the guest does. Run the play on the host itself.".format(
+        "server is on, that couldn't be proven, so the one that runs was left alone. This happens in an LXC guest, for "
+        "example, whose driver knows other process ids than the guest: there, run the play on the host itself.".format(
             container.CONTAINER
         )
     )

@@ -18,11 +18,13 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compose,
     container,
     dotenv,
+    leftovers,
     outgoing,
     preflight,
     record,
     settings,
     shell,
+    trust,
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
 
@@ -61,7 +63,7 @@ _FOR_THE_SERVER = re.compile(
 )
 
 # What vllm_gpu_force may name.
-FORCE = ["drift", "exposure", "mig", "training"]
+FORCE = ["drift", "exposure", "irreversible", "mig", "training"]
 
 WANTED_OPTIONS: Dict[str, Any] = {
     "project_dir": {"type": "path", "required": True},
@@ -157,16 +159,10 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
 
 def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
     """Return a file's bytes, mode and owner, or (None, 0, 0) where there is none."""
-    try:
-        with open(path, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            return stream.read(), stat.S_IMODE(status.st_mode), status.st_uid
-    except FileNotFoundError:
+    found = trust.read(path)
+    if found is None:
         return None, 0, 0
-    except OSError as error:
-        raise Problem(
-            "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
-        ) from error
+    return found.content, stat.S_IMODE(found.status.st_mode), found.status.st_uid
 
 
 def installed_files(directory: str) -> List[FileChange]:
@@ -321,8 +317,7 @@ def project_of(files: Sequence[FileChange], wanted: Mapping[str, Any], *, as_ins
 def orphans(files: Sequence[FileChange]) -> Iterator[str]:
     """Yield a note on settings in `.env` that are meant for the server and don't reach it."""
     content = {os.path.basename(one.path): one.after for one in files}
-    known = compose.passed_on(content[COMPOSE_FILE])
-    known.update(name.decode() for name in re.findall(rb"\$\{(\w+)", content[COMPOSE_FILE]))
+    known = compose.named(content[COMPOSE_FILE])
     lost = [
         key
         for key, value in dotenv.texts(content[ENV_FILE]).items()
@@ -407,8 +402,13 @@ def read_files(
 ) -> Judged:
     """Compare the files and the container with what is wanted, or with the files that are installed."""
     files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
-    state["files_differ"] = any(change.differs for change in files)
-    state["changes"] = describe_changes([change for change in files if change.differs], wanted)
+    changes = [change for change in files if change.differs]
+    left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
+    state["files_differ"] = bool(changes or left)
+    state["changes"] = describe_changes(changes, wanted)
+    state["changes"].extend(
+        "{0}, which an interrupted play has left, is removed".format(path) for path in left
+    )
     state["project"] = project_of(files, wanted, as_installed=as_installed)
     contents = {os.path.basename(one.path): one.after for one in files[:2]}
     same = last if last and contents.items() <= last.files.items() else None

@@ -91,7 +91,14 @@ import os
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, leftovers, lock, record, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    dotenv,
+    leftovers,
+    lock,
+    outgoing,
+    record,
+    server,
+)
 
 
 def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
@@ -144,7 +151,7 @@ def main() -> None:
                 for change in reversed(changes):
                     record.write_whole(change.path, change.after, change.mode)
     except server.Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, wanted["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "

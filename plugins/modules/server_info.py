@@ -39,7 +39,7 @@ options:
     description: Checks to leave out.
     type: list
     elements: str
-    choices: [drift, exposure, mig, training]
+    choices: [drift, exposure, irreversible, mig, training]
     default: []
   training_gpus:
     description: Ids of the GPUs that are set aside for training.

@@ -70,24 +70,20 @@ msg:
 
 import contextlib
 import os
-import re
 from typing import Iterable, List, Sequence, Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
     dotenv,
     leftovers,
     lock,
+    outgoing,
     record,
     removal,
     server,
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
-
-# A key of .env in the compose file: by itself below `environment:`, or within another value.
-_NAMED = re.compile(r"(?:^ {6}|\$\{)(\w+)(?=: *$|[:}])", re.MULTILINE)
-# What the host looked like before a change, kept while the change goes on; see server_snapshot.
-_SNAPSHOT = "/run/vllm_gpu.before"
 
 
 def users_lines(content: bytes, keys: Iterable[str]) -> Tuple[bytes, List[str]]:
@@ -97,15 +93,11 @@ def users_lines(content: bytes, keys: Iterable[str]) -> Tuple[bytes, List[str]]:
     return text, list(dict.fromkeys(line.key or "" for line in users))
 
 
-def passed_on(directory: str) -> Set[str]:
-    """Return the keys of `.env` that the compose file of the role names: it passes them on to the server."""
-    found: Set[str] = set()
-    for place in (directory, os.path.join(directory, record.KEEP, "current")):
-        text = (server.read_file(os.path.join(place, server.COMPOSE_FILE))[0] or b"").decode(
-            "utf-8", "replace"
-        )
-        found.update(_NAMED.findall(text))
-    return found
+def used_keys(directory: str) -> Set[str]:
+    """Return the keys of `.env` that the role's compose file uses, as it is and as it was proven."""
+    places = (directory, os.path.join(directory, record.KEEP, "current"))
+    files = (server.read_file(os.path.join(place, server.COMPOSE_FILE))[0] or b"" for place in places)
+    return set().union(*map(compose.named, files))
 
 
 def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple[List[str], List[str]]:
@@ -129,7 +121,7 @@ def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple
 def service_files(directory: str) -> List[str]:
     """Return the paths of all files of the service but `.env`, and of every copy of it."""
     names = (server.COMPOSE_FILE, server.REFEREE, record.KEEP)
-    paths = [*(os.path.join(directory, name) for name in names), *leftovers.leftovers(directory), _SNAPSHOT]
+    paths = [*(os.path.join(directory, name) for name in names), *leftovers.leftovers(directory)]
     return [path for path in paths if os.path.lexists(path)]
 
 
@@ -152,7 +144,7 @@ def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
     if not module.params["files"] or not ours:
         return removed, kept
     paths = service_files(directory)
-    keys = {*module.params["keys"], *passed_on(directory)}
+    keys = {*module.params["keys"], *used_keys(directory)}
     gone, users = remove_env(directory, keys, only_look=only_look)
     if not only_look:
         leftovers.remove(paths)
@@ -197,7 +189,7 @@ def main() -> None:
         with lock.holding(None if module.check_mode else module.params["lock"]):
             removed, kept = remove(module)
     except Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be removed or written: {1}. Correct that, and run the play again.".format(

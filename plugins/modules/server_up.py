@@ -162,8 +162,7 @@ def main() -> None:
             changed, container = bring_up(module)
     except Problem as problem:
         # Compose quotes what it can't use, and a program in the container may print anything.
-        secrets = outgoing.known(module.params["project_dir"], {})
-        module.fail_json(msg=outgoing.clean(str(problem), secrets))
+        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
     module.exit_json(changed=changed, container=container)
 
 

@@ -124,7 +124,15 @@ def planted(directory: Path) -> list[str]:
     """Leave in a directory what killed plays leave there; return the names."""
     for number in (1, 2, 3):
         record.save(
-            str(directory), {".env": b"KEY=1\n"}, {"requested": "0", "gpu": {"uuid": f"GPU-{number}"}}
+            str(directory),
+            {".env": b"KEY=1\n"},
+            {
+                "requested": "0",
+                "gpu": {"uuid": f"GPU-{number}"},
+                "image": "i",
+                "image_id": "sha256:1",
+                "models": [],
+            },
         )
     current = str((directory / ".proven/current").readlink())
     names = [
