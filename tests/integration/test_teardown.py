@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -195,7 +196,10 @@ def test_a_play_that_stalled_leaves_the_server_of_the_next_one_alone(
         before = (served.container(), served.files())
     output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
     assert play.returncode != 0
-    assert "has taken this host's lock, because this play had stalled" in output
+    # By a step that only reads, or by one that changes something.
+    assert re.search(
+        "[Aa]nother play has taken over|has taken this host's lock, because this play had stalled", output
+    )
     assert "serves as before" not in output
     assert (served.container(), served.files()) == before
 
