@@ -29,10 +29,11 @@ CONTAINER = "bfc284fa500f31946e814ea11ec2be4519ab476d9d25d59d353062e9757262f0"
 TENANT = 2**22 + 7  # no process can have this PID, so its name can't be read
 
 KEYS = {
-    "": "schema verdict cause code message cure expected gpus container processes other_processes",
+    "": "schema verdict cause code message cure expected gpus container processes other_processes"
+    " processes_listed notes",
     "expected": "id index uuid",
     "gpus": "index uuid pci_bus_id name memory_total_mib memory_used_mib driver_version",
-    "container": "name id status exit_code started_at image requested requested_count pids",
+    "container": "name id status health exit_code started_at image requested requested_count pids",
     "processes": "pid name gpu_uuid gpu_index memory_mib",
     "other_processes": "pid name gpu_uuid gpu_index memory_mib",
 }
