@@ -15,7 +15,7 @@ export LC_ALL=C # match bytes, and have the other programs' messages in English
 
 readonly SERVICE=vllm # the Compose service that --project looks for
 readonly NUMBER='(0|[1-9][0-9]{0,8})'
-readonly MOST=1048576 UNREADABLE=256 # bytes of an answer; in place of an exit code: longer, or binary
+readonly MOST=262144 UNREADABLE=256 # bytes of an answer; in place of an exit code: longer, or binary
 
 judged=0 json=0 quiet=0 deep=0 drift=1 limit=10 expect='' container='' project=''
 verdict=unknown code=3 cause='' message='' cure=''
@@ -135,10 +135,11 @@ call() { # COMMAND...: start and finish
   finish "$handle"
 }
 
-split() { # TEXT: sets $lines, without carriage returns and empty lines
-  local IFS=$'\n'
+split() { # TEXT: sets $lines, without carriage returns and empty lines; none is so long that it takes ages to match
+  local n IFS=$'\n'
   # shellcheck disable=SC2206 # splitting is meant
   lines=(${1//$'\r'/})
+  for n in "${!lines[@]}"; do ((${#lines[n]} <= 4096)) || lines[n]=${lines[n]:0:4096}; done
 }
 
 note() { # SENTENCE: something to know beside the verdict
@@ -177,7 +178,7 @@ smi_problem() { # [ROW]: what a call of nvidia-smi that failed, or whose answer 
       "Look for 'Xid' in 'dmesg', then reboot." ;;
     6:* | *'No devices were found'*) problem no_devices 'nvidia-smi finds no GPU on this machine.' \
       "Look at 'lspci | grep -i nvidia' and 'dmesg | grep -i nvrm'." ;;
-    "$UNREADABLE":*) problem nvidia_smi_unparsable 'nvidia-smi printed more than 1 MiB, or binary data.' \
+    "$UNREADABLE":*) problem nvidia_smi_unparsable 'nvidia-smi printed more than 256 KiB, or binary data.' \
       "Run 'nvidia-smi' by hand." ;;
     0:*) problem nvidia_smi_unparsable "nvidia-smi answered in a form that this script doesn't know: $REPLY" \
       "Run 'nvidia-smi' by hand; a newer driver may need a newer script." ;;
@@ -344,7 +345,7 @@ docker_problem() { # what a call of docker that failed means
     *'cannot connect to the docker daemon'* | *'failed to connect to the docker api'* | *'error during connect'*)
       problem engine_not_running 'The Docker engine is not running, or not reachable from here.' \
         "'systemctl start docker' starts it; by hand, look at DOCKER_HOST and 'docker context ls', too (the role asks /var/run/docker.sock only)." ;;
-    "$UNREADABLE":*) problem docker_unparsable 'docker printed more than 1 MiB, or binary data.' \
+    "$UNREADABLE":*) problem docker_unparsable 'docker printed more than 256 KiB, or binary data.' \
       "Run 'docker ps' by hand." ;;
     *) problem docker_failed "docker failed (exit code $rc): $REPLY" "Run 'docker ps' by hand." ;;
   esac
