@@ -996,6 +996,7 @@ def test_a_call_prints_without_end(tmp_path: Path, how: str, limit: int) -> None
 def test_a_long_text_is_cut(host: Host) -> None:
     host.says("nvidia-smi.gpus", "", '\\"' * 99_000, rc=1)
     assert len(host.judge()["message"]) < 1000
+    assert len(host.run("--expect", "é" * 40_000).err) < 5000
     host.cards()
     host.container('\\"' * 20_000, image="é" * 50_000)
     start = time.monotonic()
