@@ -13,8 +13,8 @@ GPUS ?= 0,1
 SIZES ?= 1 10 100 1000
 # $(call step,what,command): a person who waits sees a step, and its time.
 step = echo "==> $(1)"; SECONDS=0; $(2); echo "    done in $$SECONDS s"
-# Only these two of the collections in PyPI's `ansible` bundle; all of them
-# would be 290 MB. In site-packages, Ansible, Molecule and ansible-lint find
+# For the benchmark's plain role (tests/bench/plain.yml), which ansible-lint reads too. Only these
+# two of the collections in PyPI's `ansible` bundle; all of them would be 290 MB. In site-packages, Ansible, Molecule and ansible-lint find
 # them with no setting.
 COLLECTIONS := community/docker community/library_inventory_filtering_v1
 
@@ -40,19 +40,19 @@ machine:
 .PHONY: venv
 venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
 
-.venv/.runtime: requirements/runtime.txt requirements/collections.txt
+.venv/.runtime: requirements/runtime.txt
 	@$(call step,Virtual environment .venv with ansible-core, \
 	  rm -rf .venv; $(PYTHON) -m venv .venv; \
 	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/runtime.txt)
+	@touch $@
+
+.venv/.dev: .venv/.runtime requirements/dev.txt requirements/collections.txt
+	@$(call step,Tools of the checks, \
+	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/dev.txt)
 	@$(call step,Collection community.docker, \
 	  mkdir -p .cache; $(BIN)/pip download -qq --disable-pip-version-check --no-deps --require-hashes \
 	    --dest .cache/wheels -r requirements/collections.txt; \
 	  $(BIN)/python requirements/unpack_collections.py .cache/wheels $(COLLECTIONS))
-	@touch $@
-
-.venv/.dev: .venv/.runtime requirements/dev.txt
-	@$(call step,Tools of the checks, \
-	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/dev.txt)
 	@touch $@
 
 # The oldest Compose that the requirement names; it reads, it doesn't run.

@@ -162,6 +162,7 @@ def example(hosts: int) -> dict[str, Any]:
         "started_by": "deploy on controller",
         "inventory": "inventory/hosts.yml",
         "limit": "",
+        "left_over": [],
         "request": {"gpu_device_id": "1"},
         "waves": waves,
         "hosts": all_hosts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,22 +23,6 @@ def gpuhost(*arguments: str) -> str:
     done = subprocess.run([GPUHOST, *arguments], check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process with all that it has started, as a controller that loses its power does.
-
-    A process group is not enough: Ansible gives each of its workers a session of its own.
-    """
-    tree = [pid]
-    for one in tree:  # which grows meanwhile
-        with contextlib.suppress(OSError):
-            os.kill(one, signal.SIGSTOP)
-            for thread in Path(f"/proc/{one}/task").iterdir():
-                tree += map(int, (thread / "children").read_text(encoding="ascii").split())
-    for one in tree:
-        with contextlib.suppress(OSError):
-            os.kill(one, signal.SIGKILL)
 
 
 class Result(NamedTuple):

@@ -278,7 +278,7 @@ def host_image() -> str:
 
 # What the stand-in's image holds of this machine beside Python.
 COMMANDS = """
-    bash cat chmod cp curl cut date df dirname env false grep head hostname id kill ls mkdir mktemp mv
+    bash cat chmod cp cut date df dirname env false grep head hostname id kill ls mkdir mktemp mv
     printenv ps pwd rm sed sh sleep sort tail tee timeout touch tr true uname wc python3
 """
 

@@ -72,6 +72,7 @@ class Container:
     # How many there were before; its processes have PIDs of their own.
     count: int = 0
     started: float = 0
+    stopped: bool = False
     error: str = ""
     # What it was given when it was started.
     cards: list[str] = dataclasses.field(default_factory=list)
@@ -96,8 +97,10 @@ class Container:
 
     def life(self) -> Life:
         """Return what has become of it until now."""
-        if self.error:
-            return Life("created", exit_code=128)
+        if self.error or not self.started:
+            return Life("created", exit_code=128 if self.error else 0)
+        if self.stopped:
+            return Life("exited", 0, self.started)
         if not self.crash:
             return Life("running", 0, self.started)
         now, begin, restarts = time.time(), self.started, 0
@@ -157,6 +160,10 @@ class Driver:
         """Return the MiB that each process holds, by PID."""
         return {self.pid: card.held} if card.held else {}
 
+    def is_tenant(self, _pid: int) -> bool:
+        """Say that nobody else uses the cards."""
+        return False
+
     def process_name(self, _pid: int) -> str:
         """Return what the only process there can be calls itself."""
         return "VLLM::EngineCore"
@@ -177,6 +184,9 @@ class Host:
         self.images: dict[str, str] = state.get("images") or {IMAGE: image_id(IMAGE)}
         box = state.get("container")
         self.container = Container(**box) if box else None
+        # What can be made again from its description.
+        self.removed: dict[str, Container] = {}
+        self.api: asyncio.Server | None = None
 
     def save(self) -> None:
         """Keep the state, for people and for the next engine."""
@@ -240,7 +250,32 @@ class Host:
     def remove(self) -> None:
         """Take the container away."""
         self.close()
+        if self.container:
+            self.removed[json.dumps(self.container.labels, sort_keys=True)] = self.container
         self.container = None
+        self.save()
+
+    def create_again(self, labels: Mapping[str, str]) -> str:
+        """Make a container like the removed one of these labels, and return its id."""
+        like = self.removed[json.dumps(labels, sort_keys=True)]
+        id_ = secrets.token_hex(32)
+        self.container = dataclasses.replace(
+            like,
+            id=id_,
+            created=time.time(),
+            started=0,
+            stopped=False,
+            cards=[],
+            error="",
+            count=like.count + 1,
+        )
+        self.save()
+        return id_
+
+    def stop(self, box: Container) -> None:
+        """Stop the container."""
+        self.close()
+        box.stopped, box.cards = True, []
         self.save()
 
     async def create(self, service: dict[str, Any], image: str, labels: dict[str, str]) -> None:
@@ -261,7 +296,7 @@ class Host:
             box.cards = [card.uuid for card in given]
             box.crash = hits(self.fault("crash"), given)
             box.delay = float(self.fault("start_delay") or 0)
-            box.error = ""
+            box.error, box.stopped = "", False
             await self.listen(box)
             box.started = time.time()
         except RefusedError as error:

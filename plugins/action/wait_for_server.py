@@ -17,8 +17,9 @@ _LOG_LINES = 10
 _REMINDER = 10
 # How long a server that is ready may be on no card; seconds.
 _ON_NO_CARD = 20
-# Looks in a row that may be lost with their connection: a model loads for many minutes.
-_LOST_LOOKS = 3
+# How long the connection, or the host's Docker Engine, may be away during the wait; seconds. Both come
+# back after a restart, and a model loads for many minutes.
+_AWAY = 60
 
 
 def allowed_restarts(before: dict[str, Any]) -> int:
@@ -64,24 +65,34 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     _supports_check_mode = False
 
-    def _look(self, arguments: dict[str, Any], task_vars: Any, interval: int) -> dict[str, Any]:
-        """Take a look at the host; some that are lost with their connection are taken again."""
-        for left in reversed(range(_LOST_LOOKS + 1)):
+    def _read(self, arguments: dict[str, Any], task_vars: Any, interval: int) -> dict[str, Any]:
+        """Read the host; while the connection or its engine is away, try again."""
+        away_since = None
+        while True:
+            lost, state = None, {}
             try:
-                state: dict[str, Any] = self._execute_module(
+                state = self._execute_module(
                     module_name="mlops.vllm_gpu.server_info",
                     module_args={**arguments, "waiting": True, "log_lines": _LOG_LINES},
                     task_vars=task_vars,
                 )
-                break
-            except AnsibleConnectionFailure:
-                if not left:
-                    raise
-                time.sleep(interval)
-        return state
+            except AnsibleConnectionFailure as error:
+                lost = error
+            if not (lost or state.get("unanswered")):
+                return state
+            if away_since is None:
+                away_since = time.monotonic()
+                what = "the connection" if lost else "the Docker Engine"
+                name = task_vars.get("inventory_hostname", "host")
+                display.display(f"{name}: waiting: {what} gives no answer; trying again for {_AWAY} s")
+            if time.monotonic() - away_since > _AWAY:
+                if lost:
+                    raise lost
+                return state
+            time.sleep(interval)
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Look until the server is proven (success) or can't become so (failure)."""
+        """Read the host until the server is proven (success) or can't become so (failure)."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         timeout, interval = int(arguments.pop("timeout", 1800)), int(arguments.pop("interval", 2))
@@ -92,7 +103,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         said, said_at, ready_at = "", 0.0, 0.0
         problems: list[str] = []
         while True:
-            state = self._look(arguments, task_vars, interval)
+            state = self._read(arguments, task_vars, interval)
             elapsed = time.monotonic() - started
             result.update(state, elapsed=round(elapsed))
             if state.get("failed") or state["proven"]:

@@ -10,7 +10,7 @@ encoding and any line ending.
 from __future__ import annotations
 
 import re
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Container, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
 # Compose allows `export KEY=value`, spaces around `=`, and `KEY: value`.
 _ASSIGNMENT = re.compile(
@@ -110,6 +110,23 @@ def quoted(value: str) -> str:
 def values(content: bytes) -> Dict[str, Optional[str]]:
     """Return what each key's deciding (last) line says; None where not simple."""
     return {line.key: literal(line.value) for line in lines(content) if line.key}
+
+
+def texts(content: bytes) -> Dict[str, str]:
+    """Return what each key's last line says, for people: as it is written where that is not simple."""
+    found = {}
+    for line in lines(content):
+        if line.key:
+            simple = literal(line.value)
+            found[line.key] = line.value.decode("utf-8", "replace").strip() if simple is None else simple
+    return found
+
+
+def without(content: bytes, keys: Container[str]) -> bytes:
+    """Return `content` less the lines of these keys."""
+    return b"".join(
+        line.text + line.ending for line in lines(content) if line.key is None or line.key not in keys
+    )
 
 
 def merge(content: bytes, wanted: Mapping[str, str]) -> bytes:

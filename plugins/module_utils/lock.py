@@ -2,8 +2,10 @@
 """One play at a time on a host, and no lock that outlives a play for long.
 
 A play is many short processes on the host, so the lock is a lease in a file:
-its holder renews it with every look at the host, and a play that was killed
-stops renewing. The file is on a tmpfs: a reboot forgets it.
+its holder renews it with every read of the host, and a play that was killed
+stops renewing. A step that changes something holds the file's own lock (flock)
+from the check of the lease to the end of the change, so that no other play can
+take the lease in between. The file is on a tmpfs: a reboot forgets it.
 """
 
 from __future__ import annotations
@@ -13,24 +15,52 @@ import fcntl
 import json
 import os
 import time
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 PATH = "/run/vllm_gpu.lock"
-# How long a lease lasts: long enough for the longest step that doesn't renew it
-# (besides the grace period of the old container, which is added); while the play
-# only waits, and renews it with every look, short, so that a killed one is soon
-# forgotten, and yet longer than a look at a slow host. Seconds.
+# How long a lease lasts after a step, and, while the play only waits and renews it with every
+# read, how long after that: longer than a read of a slow host, yet short, so that a killed play
+# is soon forgotten. Seconds.
 STEP = 90
 RENEWAL = 45
+# How long to wait for the flock: for others' reads and writes of the lease, which take no time,
+# and for a step of this very play that goes on although its connection was lost. Seconds.
+_MOMENT = 5
+_OWN_STEP = 300
+_PAUSE = 0.1
+_SIZE = 1024
+
+
+class _Busy(Exception):  # noqa: N818 - no error: a step is going on
+    """The flock is held by a step that changes something; `lease` is what it was begun with."""
+
+    def __init__(self, lease: Dict[str, Any]) -> None:
+        super().__init__()
+        self.lease = lease
+
+
+def _hold(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def _opened() -> Iterator[int]:
+def _opened(wait: float, run: Optional[str] = None) -> Iterator[int]:
+    """Open the file and hold its flock; raise _Busy after `wait` seconds, or once the lease isn't that of `run`."""
     descriptor = os.open(PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        tries = 1 + int(wait / _PAUSE)
+        while not _hold(descriptor):
+            tries -= 1
+            lease = _read(descriptor)
+            if tries <= 0 or (run is not None and lease.get("run") != run):
+                raise _Busy(lease)
+            time.sleep(_PAUSE)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -38,61 +68,69 @@ def _opened() -> Iterator[int]:
 
 def _read(descriptor: int) -> Dict[str, Any]:
     try:
-        return dict(json.loads(os.pread(descriptor, 4096, 0)))
+        return dict(json.loads(os.pread(descriptor, _SIZE, 0)))
     except (ValueError, TypeError):
         return {}
 
 
 def _write(descriptor: int, lease: Dict[str, Any]) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(lease).encode(), 0)
+    # One write of one size: a reader without the flock never sees a part.
+    os.pwrite(descriptor, json.dumps(lease).encode().ljust(_SIZE), 0)
 
 
-def take(run: str, who: str, grace: int = 30) -> Optional[Dict[str, Any]]:
+def take(run: str, who: str, *, again: bool = False) -> Optional[Dict[str, Any]]:
     """Take the lock for `run`, or return the lease of the play that holds it.
 
-    `grace` is the time that the old container may take to stop, in seconds.
-    Times are of the monotonic clock: setting the host's clock changes nothing.
+    With `again`, also return that of one that has had it since `run` had it, though it has
+    ended: the server is the other one's by now. Times are of the monotonic clock: setting the
+    host's clock changes nothing.
     """
-    with _opened() as descriptor:
-        lease, now = _read(descriptor), time.monotonic()
-        if lease and lease["run"] != run and lease["until"] > now:
-            return lease
-        _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP + grace})
-        return None
+    try:
+        with _opened(_MOMENT) as descriptor:
+            lease, now = _read(descriptor), time.monotonic()
+            if lease.get("run", run) != run and (again or lease.get("until", 0) > now):
+                return lease
+            _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP})
+            return None
+    except _Busy as busy:
+        return busy.lease
 
 
 def renew(run: str, seconds: int = RENEWAL) -> bool:
     """Let the lease of `run` last from now on; False when another play has taken it."""
-    with _opened() as descriptor:
-        lease, now = _read(descriptor), time.monotonic()
-        if lease.get("run") != run:
-            return False
-        _write(descriptor, dict(lease, renewed=now, until=now + seconds))
-        return True
+    try:
+        with _opened(_MOMENT) as descriptor:
+            lease, now = _read(descriptor), time.monotonic()
+            if lease.get("run") != run:
+                return False
+            _write(descriptor, dict(lease, renewed=now, until=now + seconds))
+            return True
+    except _Busy as busy:
+        # A step that holds the flock renews its own lease when it ends.
+        return bool(busy.lease.get("run") == run)
 
 
 @contextlib.contextmanager
 def holding(run: Optional[str], seconds: int = STEP) -> Iterator[None]:
     """Keep every other play out for as long as the block runs; without a `run`, do nothing.
 
-    The lease is checked and the change made under one hold of the file's lock, so
-    that a play that stalled until its lease lapsed can't write over the next one's
-    server. The lease lasts `seconds` from the end of the block.
+    The lease is checked and the change made under one hold of the flock. One that has lapsed
+    is still good where no other play has taken it. It lasts `seconds` from the end of the block.
 
-    Raises Problem where the lease of `run` is no longer its own.
+    Raises Problem where the lease is not that of `run`: another play has had the lock since, or
+    the host was started anew.
     """
     if run is None:
         yield
         return
-    with _opened() as descriptor:
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(_opened(_OWN_STEP, run))
+        except _Busy as busy:
+            raise Problem(_lost(busy.lease, run)) from None
         lease = _read(descriptor)
         if lease.get("run") != run:
-            raise Problem(
-                "Another play ({0}) has taken this host's lock, because this one had stalled. Nothing more was "
-                "changed here. Check the server with playbooks/verify.yml, and run this play again if it is "
-                "still needed.".format(lease.get("who") or "which has ended by now")
-            )
+            raise Problem(_lost(lease, run))
         try:
             yield
         finally:
@@ -100,10 +138,34 @@ def holding(run: Optional[str], seconds: int = STEP) -> Iterator[None]:
             _write(descriptor, dict(lease, renewed=now, until=now + seconds))
 
 
+def _lost(lease: Mapping[str, Any], run: str) -> str:
+    if lease.get("run") == run:
+        return (
+            "An earlier step of this play still runs on this host after {0} s, so that this one has changed nothing. "
+            "`fuser -v {1}` names its process; run the play again when it has ended.".format(_OWN_STEP, PATH)
+        )
+    cause = (
+        "{0} has taken this host's lock, because this play had stalled".format(lease.get("who"))
+        if lease
+        else "This host was restarted during the play, and its lock is gone"
+    )
+    return (
+        "{0}. This step has changed nothing. Check the server with playbooks/verify.yml, and run this play again if it "
+        "is still needed.".format(cause)
+    )
+
+
 def release(run: str) -> bool:
-    """Give the lock back; False where `run` doesn't hold it."""
-    with _opened() as descriptor:
-        if _read(descriptor).get("run") != run:
-            return False
-        os.ftruncate(descriptor, 0)
-        return True
+    """Give the lock back; False where `run` doesn't hold it.
+
+    The lease stays, as one that has lapsed: it tells a play that had stalled who has had the lock since.
+    """
+    try:
+        with _opened(_MOMENT) as descriptor:
+            lease, now = _read(descriptor), time.monotonic()
+            if lease.get("run") != run:
+                return False
+            _write(descriptor, dict(lease, until=now))
+            return True
+    except _Busy:
+        return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands in the way of a change: each check returns a text with its cure, or None.
+"""What prevents a change: each check returns a text with its cure, or None.
 
 Asked where something would change; of a server that is proven, only whether its
 card is still the one that it was.
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import itertools
 import json
 import os
 import re
 import shutil
 import socket
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+import sys
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, shell
 
 OLDEST_ENGINE = (20, 10)
 OLDEST_COMPOSE = (2, 18)
@@ -25,8 +27,6 @@ OLDEST_COMPOSE = (2, 18)
 IMAGE_BYTES = 25 * 10**9
 # The paths that answer without the API key, so that nobody takes it for a wall.
 UNGUARDED = "/health, /metrics, /ping, /tokenize and /invocations"
-# While Compose recreates a container it has an interim name: the old id before its own.
-_OWN_NAME = re.compile(r"([0-9a-f]+_)?vllm-server\Z")
 # What listens on a container's port, by whether the engine has its userland proxy.
 _ENGINE = ("docker-proxy", "dockerd")
 
@@ -51,22 +51,27 @@ def check_engine(_asked: Asked) -> Optional[str]:
     """The engine is new enough, and knows how to give a container a GPU."""
     output = shell.run(["docker", "info", "--format", "{{json .}}"])
     try:
-        info = json.loads(output.out)
-    except ValueError:
-        return "The Docker engine doesn't answer `docker info`: {0}.".format(output.err)
-    if version(info.get("ServerVersion") or "") < OLDEST_ENGINE:
-        return "The Docker engine is {0}; 20.10 or newer is needed. Upgrade it.".format(
-            info.get("ServerVersion")
+        info = dict(json.loads(output.out))
+    except (ValueError, TypeError):
+        info = {}
+    found = info.get("ServerVersion")
+    if not found:
+        said = "; ".join(info.get("ServerErrors") or []) or output.err or "no message"
+        return (
+            "`docker info` doesn't tell the engine's version: {0}. Check the Docker service "
+            "(`systemctl status docker`), and run the play again.".format(said.rstrip("."))
         )
+    if version(found) < OLDEST_ENGINE:
+        return "The Docker Engine is {0}; 20.10 or newer is needed. Upgrade it.".format(found)
     if "nvidia" in (info.get("Runtimes") or {}) or shutil.which("nvidia-container-runtime-hook"):
         return None
     for directory in info.get("CDISpecDirs") or ["/etc/cdi", "/var/run/cdi"]:
         if os.path.isdir(directory) and any("nvidia" in name for name in os.listdir(directory)):
             return None
     return (
-        'The engine doesn\'t know the NVIDIA driver (it would say: could not select device driver "nvidia"). '
-        "Install the NVIDIA Container Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, and restart "
-        "the engine."
+        "The Docker Engine doesn't know the NVIDIA driver (it would say: could not select device driver "
+        '"nvidia"). Install the NVIDIA Container Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, and '
+        "restart the engine."
     )
 
 
@@ -97,7 +102,7 @@ def utilization(service: Mapping[str, Any]) -> float:
     return float((option(command, "--gpu-memory-utilization") or ["0.9"])[0])
 
 
-def container_of(pid: int) -> str:
+def container_of(pid: Optional[int]) -> str:
     """Return the name of the container that a process runs in, as ` of container NAME`, or nothing."""
     try:
         with open("/proc/{0}/cgroup".format(pid), encoding="utf-8") as stream:
@@ -106,7 +111,7 @@ def container_of(pid: int) -> str:
         return ""
     if not match:
         return ""
-    name = shell.run(["docker", "inspect", "--format", "{{.Name}}", match.group(0)]).out.strip()
+    name = (container.ask(["inspect", "--format", "{{.Name}}", match.group(0)]) or "").strip()
     return " of container {0}".format(name.lstrip("/")) if name else ""
 
 
@@ -117,10 +122,8 @@ def check_memory(asked: Asked) -> Optional[str]:
         return None
     try:
         share = utilization(asked.service)
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        return "vllm_gpu_memory_utilization (--gpu-memory-utilization) must be a number above 0 and up to 1, such as 0.90."
+    except ValueError:  # of files that somebody has edited; vLLM itself will refuse it
+        return None
     own = sum(one["memory_mib"] or 0 for one in referee["processes"] if one["gpu_uuid"] == gpu["uuid"])
     needed = int(share * gpu["memory_total_mib"])
     free = gpu["memory_total_mib"] - gpu["memory_used_mib"] + own
@@ -128,7 +131,10 @@ def check_memory(asked: Asked) -> Optional[str]:
         return None
     holders = [
         "{0} (pid {1}{2}, {3} MiB)".format(
-            one["name"] or "?", one["pid"], container_of(one["pid"]), one["memory_mib"]
+            one["name"] or "?",
+            one["pid"] or "?",
+            container_of(one["pid"]),
+            "?" if one["memory_mib"] is None else one["memory_mib"],
         )
         for one in referee["other_processes"]
         if one["gpu_uuid"] == gpu["uuid"]
@@ -142,27 +148,47 @@ def check_memory(asked: Asked) -> Optional[str]:
     )  # fmt: skip
 
 
+def is_called(gpu: Mapping[str, Any], name: str) -> bool:
+    """Return whether `name` is an index, UUID or PCI bus id (with or without its domain) of a card or MIG instance."""
+    bus = gpu["pci_bus_id"].lower()
+    return name.lower() in (
+        str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", gpu["uuid"]).lower(), bus, bus[4:], bus.split(":", 1)[1]
+    )  # fmt: skip
+
+
+def check_training_ids(asked: Asked) -> Optional[str]:
+    """Each card that is set aside for training exists: a misspelt one would protect none."""
+    # `-e vllm_gpu_training_gpus=` is a list with an empty text.
+    names = filter(None, (str(one).strip() for one in asked.training_gpus))
+    lost = [one for one in names if not any(is_called(gpu, one) for gpu in asked.state["gpus"])]
+    lost = [one for one in lost if not one.startswith("MIG-") or "(UUID: {0})".format(one) not in list_gpus()]
+    if not lost:
+        return None
+    return (
+        "vllm_gpu_training_gpus names {0}, but this host has no such GPU, so that nothing would be protected. Use an "
+        "index, a UUID or a PCI bus id (in YAML within quotes) of {1}.".format(
+            ", ".join(json.dumps(one) for one in lost),
+            " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in asked.state["gpus"]),
+        )
+    )
+
+
 def check_training(asked: Asked) -> Optional[str]:
     """The card isn't set aside for training."""
-    gpu, training = asked.state["gpu"], {str(one).strip().lower() for one in asked.training_gpus} - {""}
-    odd = sorted(
-        one for one in training if not re.match(r"\d+\Z|(gpu|mig)-.|[0-9a-f:]+:[0-9a-f]{2}\.[0-7]\Z", one)
-    )
-    if odd:
-        return (
-            "vllm_gpu_training_gpus names {0}, which is no index, UUID or PCI bus id (in YAML, a bus id needs "
-            "quotes). Mend it: it would protect no card.".format(", ".join(odd))
-        )
+    gpu = asked.state["gpu"]
     if not gpu or "training" in asked.force:
         return None
-    bus = gpu["pci_bus_id"].lower()
-    names = {str(gpu["index"]), gpu["uuid"].lower(), bus, bus[4:], bus.split(":", 1)[1]}
-    if (names | {gpu.get("card_uuid", "").lower()}) & training:
-        return (
-            "GPU {0} ({1}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
-            'you mean it with -e \'{{"vllm_gpu_force": ["training"]}}\'.'.format(gpu["index"], gpu["name"])
-        )
-    return None
+    if not any(is_called(gpu, str(one).strip()) for one in asked.training_gpus):
+        return None
+    return (
+        "GPU {0} ({1}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
+        'you mean it with -e \'{{"vllm_gpu_force": ["training"]}}\'.'.format(gpu["index"], gpu["name"])
+    )
+
+
+def list_gpus() -> str:
+    """Return nvidia-smi's list of cards and MIG instances."""
+    return shell.run(["nvidia-smi", "--list-gpus"]).out
 
 
 def is_divided(gpu: Mapping[str, Any]) -> bool:
@@ -176,7 +202,7 @@ def check_mig(asked: Asked) -> Optional[str]:
     gpu = asked.state["gpu"]
     if not gpu or gpu["uuid"].startswith("MIG-") or "mig" in asked.force or not is_divided(gpu):
         return None
-    listed = shell.run(["nvidia-smi", "--list-gpus"]).out.partition(gpu["uuid"])[2].partition("\nGPU ")[0]
+    listed = list_gpus().partition(gpu["uuid"])[2].partition("\nGPU ")[0]
     instances = re.findall(r"MIG (\S+) .*UUID: (MIG-[^)]+)", listed)
     return (
         "GPU {0} ({1}, {2}) is divided (MIG), and vLLM would not get the whole of it. Name an instance of it as "
@@ -212,34 +238,64 @@ def _port(service: Mapping[str, Any]) -> Tuple[str, int]:
 
 
 def check_port(asked: Asked) -> Optional[str]:
-    """The port is free, or ours."""
+    """This host has the address, and nobody else listens there on the port."""
     address, port = _port(asked.service)
-    container = asked.state["container"]
-    status = container["status"] if container and port in container["ports"] else ""
-    if status == "running":
+    error = try_to_listen(address, 0)
+    if error:
+        return (
+            "This host can't listen on {0} (vllm_gpu_bind_address): {1}. Use an address that it has.".format(
+                address, error.strerror
+            )
+        )
+    found = asked.state["container"]
+    mine = [one for one in (found["bindings"] if found else []) if one["port"] == port]
+    running = bool(mine) and found["status"] in ("running", "restarting")
+    # Between two starts another container may have taken the port.
+    lost = running and found["status"] == "restarting" and bool(publishers(port))
+    others = [
+        one
+        for one in listeners(port)
+        if overlap(one.address, address)
+        and not (
+            running
+            and not lost
+            and any(one.address == binding["address"] for binding in mine)
+            and one.program in ("", *_ENGINE)
+        )
+    ]
+    # While it runs, or its restart policy brings it back, listening there for a moment could end that for good.
+    error = None if running else try_to_listen(address, port)
+    if error and error.errno != errno.EADDRINUSE:
+        return "This host can't listen on port {0} of {1} (vllm_gpu_port): {2}.".format(
+            port, address, error.strerror
+        )
+    if not others and error is None:
         return None
-    # While its restart policy brings it back, listening there for a moment could end that for good.
-    busy = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    error = busy if status == "restarting" else try_to_listen(address, port)
-    if error is None:
-        return None
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "This host has no address {0} (vllm_gpu_bind_address). Name one that it has.".format(address)
-    program, pid = listener(port)
-    names = publishers(port) if program in _ENGINE else []
-    if status == "restarting" and not names and program in ("", *_ENGINE):
-        return None
+    names = publishers(port) if all(one.program in ("", *_ENGINE) for one in others) else []
+    who, cure = "another program", "End it"
     if names:
-        who, cure = ": container {0} does".format(", ".join(names)), "Stop that container"
-    else:
-        who, cure = ": {0} (pid {1}) does".format(program, pid) if program else "", "End that program"
-    return "Port {0} on {1} can't be listened on ({2}){3}. {4}, or choose another vllm_gpu_port.".format(
-        port, address, error.strerror, who, cure
+        who, cure = "container {0}".format(", ".join(names)), "Stop that container"
+    elif others and others[0].program:
+        who, cure = "{0} (pid {1})".format(others[0].program, others[0].pid), "End that program"
+    return "Port {0} on {1} is already in use by {2}. {3}, or choose another vllm_gpu_port.".format(
+        port, address, who, cure
+    )
+
+
+def overlap(one: str, other: str) -> bool:
+    """Return whether two addresses can't be listened on at once on the same port."""
+    first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    if first == second:
+        return True
+    # Linux's :: takes IPv4 as well.
+    return any(
+        any_address.is_unspecified and any_address.version in (6, specific.version)
+        for any_address, specific in ((first, second), (second, first))
     )
 
 
 def try_to_listen(address: str, port: int) -> Optional[OSError]:
-    """Listen on a TCP port for a moment; return why that can't be done, or None."""
+    """Listen on a TCP port (0: any free one) for a moment; return why that can't be done, or None."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -252,36 +308,60 @@ def try_to_listen(address: str, port: int) -> Optional[OSError]:
 
 
 def publishers(port: int) -> List[str]:
-    """Return the names of the running containers, other than the server's, that publish a TCP port."""
-    output = shell.run(["docker", "ps", "--filter", "publish={0}/tcp".format(port), "--format", "{{.Names}}"])
-    return [name for name in output.out.split() if not _OWN_NAME.match(name)]
+    """Return the names of the containers, other than the server's, that publish a TCP port."""
+    found = container.names("publish={0}/tcp".format(port), "status=running")
+    return [name for name in found if not container.OWN_NAME.match(name)]
 
 
-def listener(port: int) -> Tuple[str, int]:
-    """Return the name and the pid of the program that listens on a TCP port, or ("", 0)."""
-    inodes = set()
+class Listener(NamedTuple):
+    """A program that listens on a TCP port; its name is empty where that can't be read."""
+
+    address: str
+    program: str
+    pid: int
+
+
+def listeners(port: int) -> List[Listener]:
+    """Return who listens on a TCP port, and on which addresses."""
+    sockets = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         # A host may have no IPv6.
         with contextlib.suppress(OSError), open(table, encoding="utf-8") as stream:
             for row in list(stream)[1:]:
                 field = row.split()
-                if field[3] == "0A" and int(field[1].rsplit(":", 1)[1], 16) == port:
-                    inodes.add("socket:[{0}]".format(field[9]))
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+                address, _colon, number = field[1].rpartition(":")
+                if field[3] == "0A" and int(number, 16) == port:
+                    sockets["socket:[{0}]".format(field[9])] = _address(address)
+    owners = dict(_owners(set(sockets)))
+    return [Listener(address, *owners.get(inode, ("", 0))) for inode, address in sockets.items()]
+
+
+def _address(text: str) -> str:
+    """Return an address of /proc/net/tcp, whose 32-bit words have this machine's byte order, as people write it."""
+    words = [bytes.fromhex(text[at : at + 8]) for at in range(0, len(text), 8)]
+    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+    address = ipaddress.ip_address(packed)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return str(mapped or address)
+
+
+def _owners(inodes: Set[str]) -> Iterator[Tuple[str, Tuple[str, int]]]:
+    """Yield the name and the pid of the program that has each of the sockets open."""
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
         try:
             for descriptor in os.listdir("/proc/{0}/fd".format(pid)):
-                if os.readlink("/proc/{0}/fd/{1}".format(pid, descriptor)) in inodes:
+                inode = os.readlink("/proc/{0}/fd/{1}".format(pid, descriptor))
+                if inode in inodes:
                     with open("/proc/{0}/comm".format(pid), encoding="utf-8", errors="replace") as stream:
-                        return stream.read().strip(), int(pid)
+                        yield inode, (stream.read().strip(), int(pid))
         except OSError:
             continue
-    return "", 0
 
 
 def check_exposure(asked: Asked) -> Optional[str]:
     """Only this host can reach the API, or a key is asked for."""
     address, port = _port(asked.service)
-    if address.startswith("127.") or address == "::1" or "exposure" in asked.force:
+    if ipaddress.ip_address(address).is_loopback or "exposure" in asked.force:
         return None
     if (asked.service.get("environment") or {}).get("VLLM_API_KEY"):
         return None
@@ -294,10 +374,9 @@ def check_exposure(asked: Asked) -> Optional[str]:
 
 def check_project(asked: Asked) -> Optional[str]:
     """Nobody else's containers are in the Compose project, which would be taken for the server's."""
-    project = asked.wanted["env"]["COMPOSE_PROJECT_NAME"]
-    mine = "label=com.docker.compose.project={0}".format(project)
-    names = shell.run(["docker", "ps", "--all", "--filter", mine, "--format", "{{.Names}}"]).out.split()
-    others = [name for name in names if not _OWN_NAME.match(name)]
+    project = asked.state["project"]
+    found = container.names("label=com.docker.compose.project={0}".format(project))
+    others = [name for name in found if not container.OWN_NAME.match(name)]
     if not others:
         return None
     return (
@@ -312,7 +391,7 @@ def check_disk(asked: Asked) -> Optional[str]:
     """An image that has to be pulled will fit."""
     if asked.state["image_present"]:
         return None
-    root = shell.run(["docker", "info", "--format", "{{.DockerRootDir}}"]).out.strip()
+    root = (container.ask(["info", "--format", "{{.DockerRootDir}}"]) or "").strip()
     if not os.path.isdir(root):
         return None
     free = shutil.disk_usage(root).free
@@ -326,25 +405,6 @@ def check_disk(asked: Asked) -> Optional[str]:
     )
 
 
-def check_image(asked: Asked) -> Optional[str]:
-    """An image that has to be pulled is in its registry.
-
-    Only a registry's clear no counts. Whatever else keeps this question from
-    an answer may not keep the engine from pulling, which it tries before
-    anything is changed.
-    """
-    if asked.state["image_present"]:
-        return None
-    image = asked.state["image"]
-    answer = shell.run(["docker", "manifest", "inspect", image])
-    if answer.code == 0 or not re.search("no such manifest|manifest unknown|denied|unauthorized", answer.err):
-        return None
-    return (
-        "The image {0} is not on this host and can't be pulled: {1}. Mend vllm_gpu_image, or log in with "
-        "`docker login`.".format(image, answer.err.splitlines()[-1])
-    )
-
-
 def check_caches(asked: Asked) -> Optional[str]:
     """A directory that is named for a cache or for models is there: Docker would make an empty one."""
     missing = [
@@ -355,8 +415,8 @@ def check_caches(asked: Asked) -> Optional[str]:
     if not missing:
         return None
     return (
-        "There is no directory {0} on this host (vllm_gpu_hf_cache, vllm_gpu_compile_cache, vllm_gpu_models). Make "
-        "it there, or mend the path.".format(" and no ".join(missing))
+        "There is no directory {0} on this host (vllm_gpu_hf_cache, vllm_gpu_compile_cache, vllm_gpu_models). Create "
+        "it, or correct the path.".format(" and no ".join(missing))
     )
 
 
@@ -368,10 +428,26 @@ def check_model(asked: Asked) -> Optional[str]:
         if volume["type"] == "bind" and os.path.isdir(volume["source"]) and model.startswith(inside):
             path = os.path.join(volume["source"], model[len(inside) :])
             if not os.path.exists(path):
-                return "The model {0} is not on this host: there is no {1}. Copy it there, or mend vllm_gpu_model.".format(
+                return "The model {0} is not on this host: there is no {1}. Copy it there, or correct vllm_gpu_model.".format(
                     model, path
                 )
     return None
+
+
+def check_listing(asked: Asked) -> Optional[str]:
+    """The driver shows who is on the cards: without that no server can be proven, and the one that works would be lost."""
+    state = asked.state
+    found, verdict = state["container"], state["referee"]
+    seen = verdict["processes"] or verdict["other_processes"]
+    if seen or not found or not state["serving"]:
+        return None
+    return (
+        "nvidia-smi lists no process on any GPU of this host, although {0} is at work and answers: whichever card a "
+        "server is on, that couldn't be proven, so the one that runs was left alone. This happens in an LXC guest, for "
+        "example, whose driver knows other process ids than the guest: there, run the play on the host itself.".format(
+            container.CONTAINER
+        )
+    )
 
 
 def check_wsl(_asked: Asked) -> Optional[str]:
@@ -382,22 +458,23 @@ def check_wsl(_asked: Asked) -> Optional[str]:
     return None
 
 
-ALWAYS: List[Callable[[Asked], Optional[str]]] = [check_drift]
+ALWAYS: List[Callable[[Asked], Optional[str]]] = [check_drift, check_training_ids]
 CHECKS: List[Callable[[Asked], Optional[str]]] = [
     check_wsl,
     check_engine,
     check_compose,
     check_project,
     check_drift,
+    check_training_ids,
     check_training,
     check_mig,
+    check_listing,
     check_memory,
     check_port,
     check_exposure,
     check_caches,
     check_model,
     check_disk,
-    check_image,
 ]
 
 

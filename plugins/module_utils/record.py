@@ -12,14 +12,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import trust
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 KEEP = ".proven"
+# How the host was before a change that hasn't ended (snapshot.py).
+BEFORE = "before.json"
+# How the name of a file that is being written starts.
+TEMPORARY = ".vllm_gpu."
 RECORD = "record.json"
 # Which card the index meant, for the referee, which reads no JSON: `INDEX UUID`.
 GPU = "gpu"
+# What is read of a record without asking whether it's there.
+_NEEDED = ("requested", "gpu", "image", "image_id", "models")
 
 
 class Proven(NamedTuple):
@@ -29,18 +39,29 @@ class Proven(NamedTuple):
     record: Dict[str, Any]
 
 
-def write_whole(path: str, content: bytes, mode: int) -> None:
+def write_whole(
+    path: str,
+    content: bytes,
+    mode: int,
+    owner: Optional[Tuple[int, int]] = None,
+    modified: Optional[int] = None,
+) -> None:
     """Put a file in place whole: a reader, or a crash, sees the old or the new one.
 
-    Raises OSError; the file at `path` is as it was then.
+    A link stays, and what it leads to is replaced. `owner` is a user and a group,
+    `modified` a time in nanoseconds. Raises OSError; the file is as it was then.
     """
-    directory = os.path.dirname(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=".vllm_gpu.", dir=directory)
+    path = os.path.realpath(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=os.path.dirname(path))
     try:
         with os.fdopen(descriptor, "wb") as stream:
+            if owner is not None:
+                os.fchown(stream.fileno(), *owner)
             os.fchmod(stream.fileno(), mode)
             stream.write(content)
             stream.flush()
+            if modified is not None:
+                os.utime(stream.fileno(), ns=(modified, modified))
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -49,21 +70,46 @@ def write_whole(path: str, content: bytes, mode: int) -> None:
 
 
 def load(project_dir: str, which: str) -> Optional[Proven]:
-    """Return the `current` or the `previous` proven state, or None.
+    """Return the `current` or the `previous` proven state, or None where there is none.
 
-    What can't be read counts as not there: it can't be gone back to.
+    Raises Problem for one that can't be read or trusted: as "none", it would turn
+    off what guards the server by it.
     """
-    directory = os.path.join(project_dir, KEEP, which)
+    link = os.path.join(project_dir, KEEP, which)
+    trust.check(link)
     try:
-        files = {}
-        for name in os.listdir(directory):
-            with open(os.path.join(directory, name), "rb") as stream:
-                files[name] = stream.read()
-        made = json.loads(files.pop(RECORD))
-        del files[GPU]
-    except (OSError, ValueError, KeyError):
+        target = os.readlink(link)
+    except FileNotFoundError:
         return None
-    return Proven(files, made) if isinstance(made, dict) else None
+    except OSError as error:
+        raise Problem(_unusable(link, "it is no symbolic link")) from error
+    # It leads to its neighbour, and nowhere else.
+    if "/" in target or target in (".", ".."):
+        raise Problem(_unusable(link, "it leads to {0}".format(target)))
+    directory = os.path.join(project_dir, KEEP, target)
+    try:
+        found = {name: trust.read(os.path.join(directory, name)) for name in os.listdir(directory)}
+        files = {name: one.content for name, one in found.items() if one is not None}
+        made = json.loads(files.pop(RECORD))
+        if not isinstance(made, dict):
+            raise TypeError
+        del files[GPU]
+        for key in _NEEDED:
+            made[key]
+    except OSError as error:
+        raise Problem(_unusable(link, "{0}: {1}".format(error.filename, error.strerror))) from error
+    except KeyError as error:
+        raise Problem(_unusable(link, "{0} is missing in it".format(error.args[0]))) from error
+    except (ValueError, TypeError) as error:
+        raise Problem(_unusable(link, "its {0} is not JSON of the expected form".format(RECORD))) from error
+    return Proven(files, made)
+
+
+def _unusable(link: str, why: str) -> str:
+    return (
+        "{0}, which says what was proven on this host, can't be read: {1}. Remove it with `rm -rf {2}`; the next "
+        "serve.yml records the server that it proves.".format(link, why, shlex.quote(link))
+    )
 
 
 def save(
@@ -84,23 +130,26 @@ def save(
     )
     card = "{requested} {gpu[uuid]}\n".format(**record)
     write_whole(os.path.join(fresh, GPU), card.encode(), 0o600)
-    current = _target(keep, "current")
+    current = target(keep, "current")
     if current and not again:
-        _point(keep, "previous", current)
-    _point(keep, "current", os.path.basename(fresh))
-    used = {_target(keep, "current"), _target(keep, "previous"), "current", "previous"}
+        point(keep, "previous", current)
+    point(keep, "current", os.path.basename(fresh))
+    # What is kept of a change that goes on is a file, which rmtree leaves alone.
+    used = {target(keep, "current"), target(keep, "previous"), "current", "previous"}
     for name in os.listdir(keep):
         if name not in used:
             shutil.rmtree(os.path.join(keep, name), ignore_errors=True)
 
 
-def _target(keep: str, link: str) -> Optional[str]:
+def target(keep: str, link: str) -> Optional[str]:
+    """Return where a link in the directory `keep` leads to, or None where it doesn't exist."""
     with contextlib.suppress(OSError):
         return os.readlink(os.path.join(keep, link))
     return None
 
 
-def _point(keep: str, link: str, target: str) -> None:
+def point(keep: str, link: str, target: str) -> None:
+    """Make a link in the directory `keep` lead to `target`, in one step."""
     temporary = os.path.join(keep, link + ".new")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)

@@ -7,28 +7,31 @@ it changes anything, in check mode, and afterwards as the proof.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import stat
-import urllib.error
-import urllib.request
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, preflight, record, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    api,
+    compose,
+    container,
+    dotenv,
+    leftovers,
+    outgoing,
+    preflight,
+    record,
+    settings,
+    shell,
+    trust,
+)
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
 
-COMPOSE_FILE = "docker-compose.serving.yml"
-ENV_FILE = ".env"
+COMPOSE_FILE, ENV_FILE = compose.COMPOSE_FILE, compose.ENV_FILE
 REFEREE = "check_gpu_allocation.sh"
-SERVICE = "vllm"
-CONTAINER = "vllm-server"
+CONTAINER = container.CONTAINER
 
-# Seconds; a server that many clients fall upon at once may take some.
-_API_TIMEOUT = 10
-# Ansible hides a secret wherever it stands in what a module says; a short one stands in anything.
-_SHORTEST_SECRET = 8
 _INDEX = r"0|[1-9][0-9]{0,2}"
 _UUID = r"(?:GPU|MIG)-[0-9A-Za-z/-]{1,80}"
 _PCI_BUS_ID = r"(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]"
@@ -51,14 +54,16 @@ _HOST_CAUSES = (
     "engine_not_running",
     "engine_permission",
 )
-_VERDICT = ("verdict", "code", "cause", "message", "cure", "processes", "other_processes")
-_OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
-# StopTimeout by index: a container that was given none lacks the field.
-_INSPECT = (
-    '{"id":{{json .Id}},"state":{{json .State}},"image_id":{{json .Image}},'
-    '"image":{{json .Config.Image}},"stop_timeout":{{json (index .Config "StopTimeout")}},"labels":{{json .Config.Labels}},'
-    '"restarts":{{json .RestartCount}},"ports":{{json .HostConfig.PortBindings}},"requests":{{json .HostConfig.DeviceRequests}}}'
+# Of these, the engine may only be restarting.
+_ENGINE_AWAY = ("docker_timeout", "engine_not_running")
+_VERDICT = ("verdict", "code", "cause", "message", "cure", "notes", "processes", "other_processes")
+# What people put into .env for the server itself; only keys that the compose file names get there.
+_FOR_THE_SERVER = re.compile(
+    r"(HF|VLLM|CUDA|NCCL|TORCH|TRANSFORMERS|NVIDIA|OMP)_|(HTTPS?|NO|ALL)_PROXY\Z", re.IGNORECASE
 )
+
+# What vllm_gpu_force may name.
+FORCE = ["drift", "exposure", "irreversible", "mig", "training"]
 
 WANTED_OPTIONS: Dict[str, Any] = {
     "project_dir": {"type": "path", "required": True},
@@ -66,7 +71,10 @@ WANTED_OPTIONS: Dict[str, Any] = {
     "referee": {"type": "str", "required": True},
     "env_example": {"type": "str", "required": True},
     "env": {"type": "dict", "required": True},
+    "extra_args": {"type": "raw", "default": []},
+    "server_env": {"type": "dict", "default": {}},
     "secrets": {"type": "dict", "default": {}, "no_log": True},
+    "secret_env": {"type": "dict", "default": {}, "no_log": True},
 }
 
 
@@ -151,16 +159,10 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
 
 def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
     """Return a file's bytes, mode and owner, or (None, 0, 0) where there is none."""
-    try:
-        with open(path, "rb") as stream:
-            status = os.fstat(stream.fileno())
-            return stream.read(), stat.S_IMODE(status.st_mode), status.st_uid
-    except FileNotFoundError:
+    found = trust.read(path)
+    if found is None:
         return None, 0, 0
-    except OSError as error:
-        raise Problem(
-            "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
-        ) from error
+    return found.content, stat.S_IMODE(found.status.st_mode), found.status.st_uid
 
 
 def installed_files(directory: str) -> List[FileChange]:
@@ -180,7 +182,7 @@ def installed_files(directory: str) -> List[FileChange]:
 def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
     """Return the three files as they are and as they should be, `.env` merged."""
     directory = wanted["project_dir"]
-    changes = []
+    changes: List[FileChange] = []
     for name, content, mode in (
         (COMPOSE_FILE, wanted["compose"], 0o644),
         (ENV_FILE, None, 0o600),
@@ -190,18 +192,29 @@ def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
         before, mode_now, owner = read_file(path)
         if content is None:
             base = wanted["env_example"].encode() if before is None else before
-            keys = {key: str(value) for key, value in dict(wanted["env"], **wanted["secrets"]).items()}
+            # What the server is no longer given, it was the role that wrote down.
+            given = compose.passed_on(changes[0].before or b"")
+            base = dotenv.without(base, given - {*settings.env_keys(wanted)})
             try:
-                after = dotenv.merge(base, keys)
+                after = dotenv.merge(base, env_keys(before, wanted))
             except ValueError as error:
                 raise Problem(
-                    "{0}: {1}. Mend that line, or move the file away.".format(path, error)
+                    "{0}: {1}. Correct that line, or move the file away.".format(path, error)
                 ) from error
         else:
             after = content.encode()
         differs = (before, mode_now, owner) != (after, mode, os.geteuid())
         changes.append(FileChange(path, before, after, mode, differs))
     return changes
+
+
+def env_keys(before: Optional[bytes], wanted: Mapping[str, Any]) -> Dict[str, str]:
+    """Return what `.env` must say; an installation of the earlier Compose project keeps that one's volumes."""
+    keys = settings.env_keys(wanted)
+    found = dotenv.values(before or b"")
+    if found.get("COMPOSE_PROJECT_NAME") == container.EARLIER_PROJECT and "VLLM_VOLUME_PREFIX" not in found:
+        keys["VLLM_VOLUME_PREFIX"] = container.EARLIER_PROJECT
+    return keys
 
 
 def describe_changes(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> List[str]:
@@ -223,227 +236,18 @@ def describe_changes(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> 
 
 def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> List[str]:
     """Say which keys of an existing `.env` would change: `GPU 0 → 1`."""
+    before, secret = dotenv.texts(content), settings.secrets(wanted)
     sentences = []
-    before, after = dotenv.values(content), dotenv.values(merged)
-    for key in list(wanted["env"]) + list(wanted["secrets"]):
-        if before.get(key, "") == after.get(key):
+    for key, value in env_keys(content, wanted).items():
+        if before.get(key, "") == value:
             continue
-        if key in wanted["secrets"]:
+        if key in secret:
             sentences.append("{0} changes".format(key))
         else:
             name = "GPU" if key == "GPU_DEVICE_ID" else key
-            sentences.append("{0} {1} → {2}".format(name, before.get(key) or "(unset)", after.get(key)))
+            sentences.append("{0} {1} → {2}".format(name, before.get(key) or "(unset)", value or "(unset)"))
+    sentences.extend("{0} is removed".format(key) for key in before if key not in dotenv.texts(merged))
     return sentences
-
-
-def _memory_file(content: bytes) -> int:
-    """Return a descriptor of a file that never touches the disk."""
-    descriptor = os.memfd_create("vllm_gpu")
-    os.write(descriptor, content)
-    return descriptor
-
-
-def resolve_service(
-    files: Sequence[FileChange], project_dir: str, project: str, config_hash: Optional[str]
-) -> Tuple[Dict[str, Any], str]:
-    """Return the service as Compose itself resolves it, and its config hash.
-
-    The files need not be on the host yet: Compose reads them from memory. The
-    hash is the one that Compose puts on the container as a label, so "would
-    `up` recreate it?" is answered by Compose and not by a copy of its rules;
-    it is asked for only where `config_hash` doesn't tell it already.
-    Keys that the host's environment exports are left out: `.env` decides.
-    """
-    by_name = {os.path.basename(change.path): change.after for change in files}
-    keys = set(re.findall(r"\$\{([A-Za-z_][A-Za-z0-9_]*)", by_name[COMPOSE_FILE].decode()))
-    env = {k: v for k, v in os.environ.items() if k not in keys and not k.startswith("COMPOSE_")}
-    descriptors = [_memory_file(by_name[COMPOSE_FILE]), _memory_file(by_name[ENV_FILE])]
-    try:
-        paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
-        base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
-        base += ["--file", paths[0], "--env-file", paths[1], "config"]
-        config = shell.run([*base, "--format", "json"], env=env)
-        asked = shell.run([*base, "--hash", SERVICE], env=env) if config_hash is None else None
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-    for output in filter(None, (config, asked)):
-        if output.code != 0:
-            said = output.err.replace(paths[0], COMPOSE_FILE)
-            raise Problem(explain_compose(said, paths[1], by_name[ENV_FILE], project_dir))
-    if asked:
-        config_hash = asked.out.split()[-1]
-    return dict(json.loads(config.out)["services"][SERVICE]), str(config_hash)
-
-
-def explain_compose(said: str, env_path: str, env: bytes, project_dir: str) -> str:
-    """Say why Compose refused, without quoting a value of `.env`, which may be a secret."""
-    if re.search("is not a docker command|unknown shorthand flag|unknown flag", said):
-        return (
-            "Docker has no Compose plugin here (`docker compose version` fails). Install the package "
-            "docker-compose-plugin, docker-compose-v2 or docker-compose of your distribution, 2.18 or newer."
-        )
-    if env_path in said:
-        line = re.search(r"line (\d+)", said)
-        where = (
-            "look at line {0} of it".format(line.group(1)) if line else "a value with a $ needs single quotes"
-        )
-        return "{0}/{1} can't be read by Compose: {2}.".format(project_dir, ENV_FILE, where)
-    volume = re.search(r"undefined volume ([\w.-]+)", said)
-    if volume:
-        return (
-            "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
-            "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
-        )
-    for one in dotenv.lines(env):
-        text = one.value.decode("utf-8", "replace").strip(" '\"")
-        if len(text) > 3:  # shorter ones are numbers, and words like `no`
-            said = said.replace(text, "(hidden)")
-    return "Compose refuses the configuration for {0}: {1}".format(project_dir, said)
-
-
-def answered(output: shell.Output) -> None:
-    """Raise Problem where docker gave no answer in time: that is no word about what is there."""
-    if output.code is None:
-        raise Problem(
-            "docker gave {0}. Look what the engine is doing (`systemctl status docker`, `journalctl -u docker`), "
-            "and run the play again.".format(output.err)
-        )
-
-
-def inspect_container() -> Optional[Dict[str, Any]]:
-    """Return the server's container, or None; never its environment, which holds secrets."""
-    output = shell.run(["docker", "inspect", "--type", "container", "--format", _INSPECT, CONTAINER])
-    answered(output)
-    if output.code != 0:
-        return None
-    raw = json.loads(output.out)
-    labels = raw["labels"] or {}
-    return {
-        "id": raw["id"],
-        "status": raw["state"]["Status"],
-        "exit_code": raw["state"]["ExitCode"],
-        "error": raw["state"].get("Error", ""),
-        "oom_killed": raw["state"].get("OOMKilled", False),
-        "started_at": raw["state"]["StartedAt"],
-        "health": (raw["state"].get("Health") or {}).get("Status"),
-        "was_ready": False,
-        "restarts": raw["restarts"],
-        "ports": [
-            int(one["HostPort"])
-            for bound in (raw["ports"] or {}).values()
-            for one in bound or []
-            if one["HostPort"].isdigit()
-        ],
-        "image": raw["image"],
-        "image_id": raw["image_id"],
-        "stop_timeout": raw["stop_timeout"] or 10,
-        "project": labels.get("com.docker.compose.project"),
-        "project_dir": labels.get("com.docker.compose.project.working_dir"),
-        "config_hash": labels.get("com.docker.compose.config-hash"),
-        "requested": [
-            str(one) for request in raw["requests"] or [] for one in request.get("DeviceIDs") or []
-        ],
-    }
-
-
-def image_id(image: str) -> Optional[str]:
-    """Return the id of an image that the engine has, or None where it would be pulled."""
-    output = shell.run(["docker", "image", "inspect", "--format", "{{.Id}}", image])
-    answered(output)
-    return output.out.strip() if output.code == 0 else None
-
-
-def log_tail(count: int) -> List[str]:
-    """Return the last lines of the server's log, both streams."""
-    output = shell.run(["docker", "logs", "--tail", str(10 * count), CONTAINER])
-    lines = (output.out + "\n" + output.err).splitlines()
-    # Our own looks at the API are no news.
-    return [line for line in lines if line.strip() and not _OWN_REQUESTS.search(line)][-count:]
-
-
-def base_url(service: Mapping[str, Any]) -> str:
-    """Return where the API answers as seen from the host itself."""
-    port = service["ports"][0]
-    address = port.get("host_ip") or "127.0.0.1"
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - compared, not bound
-    return "http://{0}:{1}".format("[" + address + "]" if ":" in address else address, port["published"])
-
-
-def served_names(service: Mapping[str, Any]) -> List[str]:
-    """Return the model names that the API must list, from the resolved command line."""
-    command = [str(word) for word in service["command"]]
-    return preflight.option(command, "--served-model-name") or command[:1]
-
-
-def _get(url: str, key: str) -> Tuple[int, bytes]:
-    request = urllib.request.Request(url, headers={"Authorization": "Bearer " + key} if key else {})  # noqa: S310
-    # Never through a proxy: the server is on this very host.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=_API_TIMEOUT) as answer:
-            return int(answer.status), bytes(answer.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return int(error.code), b""
-
-
-def probe_api(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
-    """Return what the API says; `error` is None when every rung holds.
-
-    The rungs: /health (the engine lives), and, once it is `placed`, /v1/models
-    with our key (our model is the one served), and without it (the key is
-    really asked for).
-    """
-    url = base_url(service)
-    key = str((service.get("environment") or {}).get("VLLM_API_KEY") or "")
-    result: Dict[str, Any] = {"url": url, "healthy": False, "models": [], "error": None}
-    try:
-        code, _body = _get(url + "/health", "")
-        if code != 200:
-            raise Problem("/health answers {0}".format(code))
-        result["healthy"] = True
-        if not placed:
-            return dict(result, error="it answers, and is asked for its models once it is on its GPU")
-        code, body = _get(url + "/v1/models", key)
-        if code != 200:
-            raise Problem("/v1/models answers {0}{1}".format(code, " to the API key in .env" if key else ""))
-        result["models"] = [model["id"] for model in json.loads(body)["data"]]
-        missing = [name for name in served_names(service) if name not in result["models"]]
-        if missing:
-            raise Problem("it serves {0}, not {1}".format(", ".join(result["models"]), ", ".join(missing)))
-        if key and _get(url + "/v1/models", "")[0] == 200:
-            raise Problem("/v1/models answers without the API key that .env sets")
-    except Problem as problem:
-        result["error"] = str(problem)
-    except (OSError, http.client.HTTPException) as error:
-        # Also where only /v1/models gave none: that is no word about what is served.
-        reason = getattr(error, "reason", error)
-        result.update(healthy=False, error="no answer from {0} ({1})".format(url, reason))
-    except (ValueError, KeyError, TypeError) as error:
-        result["error"] = "/v1/models answers with no list of models ({0})".format(error)
-    return result
-
-
-def exported_secrets(wanted: Mapping[str, Any]) -> List[str]:
-    """Return the secret keys that this user's environment exports on the host.
-
-    Compose lets them beat `.env`. The role overrides every other key for its
-    own call of Compose, but a secret can't be passed that way: it would stand
-    in the process list.
-    """
-    known = ("VLLM_API_KEY", "HF_TOKEN")
-    return [key for key in sorted({*known, *wanted["secrets"]}) if os.environ.get(key)]
-
-
-def weak_secrets(wanted: Mapping[str, Any]) -> List[str]:
-    """Return the secret keys whose values can't be hidden without hiding something that the role needs."""
-    others = [str(one) for one in (wanted["project_dir"], *wanted["env"].values())]
-    return [
-        key
-        for key, value in wanted["secrets"].items()
-        if value and (len(str(value)) < _SHORTEST_SECRET or any(str(value) in one for one in others))
-    ]
 
 
 def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: Dict[str, Any]) -> None:
@@ -452,8 +256,11 @@ def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: D
     verdict = referee(wanted["referee"], gpu_device_id if plain else None)
     state["referee"] = {key: verdict.get(key) for key in _VERDICT}
     state["gpus"] = verdict.get("gpus") or []
+    state["referee"]["container_id"] = (verdict.get("container") or {}).get("id")
+    state["notes"] = list(verdict.get("notes") or [])
     if verdict.get("cause") in _HOST_CAUSES:
-        raise Problem("{message} {cure}".format(**verdict))
+        away = verdict["cause"] in _ENGINE_AWAY
+        raise (container.Unanswered if away else Problem)("{message} {cure}".format(**verdict))
     if gpu_device_id is None:
         state["gpu"] = expected_gpu(verdict)
         return
@@ -463,30 +270,31 @@ def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: D
     state["gpu_device_id"] = gpu_device_id if gpu_device_id.isdigit() else state["gpu"]["uuid"]
 
 
-def check_owner(container: Mapping[str, Any], project: str, project_dir: str) -> None:
-    """Raise Problem for a container that somebody else set up: it could not be gone back to."""
-    if container["project"] != project:
+def check_owner(found: Mapping[str, Any], project_dir: str) -> None:
+    """Raise Problem for a container that somebody else set up."""
+    if found["project"] not in (container.PROJECT, container.EARLIER_PROJECT):
         owner = "of {0}".format(
-            "the Compose project " + container["project"] if container["project"] else "no Compose project"
+            "the Compose project " + found["project"] if found["project"] else "no Compose project"
         )
-    elif os.path.realpath(container["project_dir"] or "/") != os.path.realpath(project_dir):
-        owner = "started from {0} and not from {1}".format(container["project_dir"], project_dir)
+    elif os.path.realpath(found["project_dir"] or "/") != os.path.realpath(project_dir):
+        owner = "started from {0} and not from {1}".format(found["project_dir"], project_dir)
     else:
         return
     raise Problem(
-        "A container named {0} is there already, {1}. It is not this role's to replace; when nobody "
+        "A container named {0} exists already, {1}. It is not this role's to replace; when nobody "
         "needs it, remove it with: docker rm -f {0}".format(CONTAINER, owner)
     )
 
 
-def check_container(container: Optional[Mapping[str, Any]], seen: Mapping[str, Any]) -> None:
-    """Raise Problem for a container that the referee has just `seen` and that is gone, and for a frozen one."""
-    if container is None and (seen["code"] in (0, 1) or seen["cause"] == "no_process_yet"):
+def check_container(found: Optional[Mapping[str, Any]], seen: Mapping[str, Any]) -> None:
+    """Raise Problem for a container that isn't the one that the referee has just `seen`, and for a frozen one."""
+    judged = seen.get("container_id")
+    if judged and (found is None or found["id"] != judged):
         raise Problem(
-            "The container {0} was there a moment ago, and docker shows it no more: somebody is replacing it, or the "
-            "engine is stopping (`systemctl status docker`). Run the play again.".format(CONTAINER)
+            "The container {0} was replaced or removed while it was being checked: another program is changing it, or "
+            "the Docker Engine is stopping. Run the play again.".format(CONTAINER)
         )
-    if container and container["status"] == "paused":
+    if found and found["status"] == "paused":
         raise Problem("The container {0} is paused. Let it go on with: docker unpause {0}".format(CONTAINER))
 
 
@@ -496,66 +304,132 @@ def check_service(service: Mapping[str, Any]) -> None:
     if not service.get("command") or not str(ports[0].get("published", "")).isdigit():
         raise Problem(
             "{0} has been edited by hand: its service {1} has no command, or publishes no port. serve.yml writes "
-            "its own again.".format(COMPOSE_FILE, SERVICE)
+            "its own again.".format(COMPOSE_FILE, compose.SERVICE)
         )
+
+
+def project_of(files: Sequence[FileChange], wanted: Mapping[str, Any], *, as_installed: bool) -> str:
+    """Return the Compose project: the wanted one, or the one that the installed files name."""
+    named = dotenv.values(files[1].after).get("COMPOSE_PROJECT_NAME") if as_installed else None
+    return str(named or wanted["env"]["COMPOSE_PROJECT_NAME"])
+
+
+def orphans(files: Sequence[FileChange]) -> Iterator[str]:
+    """Yield a note on settings in `.env` that are meant for the server and don't reach it."""
+    content = {os.path.basename(one.path): one.after for one in files}
+    known = compose.named(content[COMPOSE_FILE])
+    lost = [
+        key
+        for key, value in dotenv.texts(content[ENV_FILE]).items()
+        if value and key not in known and _FOR_THE_SERVER.match(key)
+    ]
+    if lost:
+        yield (
+            "{0} in {1} {2} no effect: the compose file doesn't pass it on. Set it with vllm_gpu_env, or "
+            "vllm_gpu_secret_env for a secret.".format(
+                ", ".join(lost), ENV_FILE, "has" if len(lost) == 1 else "have"
+            )
+        )
+
+
+def read_container(state: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """Fill in `container`; return all that the engine knows of it, its environment included."""
+    raw = container.inspect()
+    state["container"] = container.describe(raw) if raw else None
+    state["secrets"].update(outgoing.secret_values(container.environment(raw)))
+    check_container(state["container"], state["referee"])
+    return raw
+
+
+def read_running(state: Dict[str, Any]) -> None:
+    """Judge the server by what its own container was made from."""
+    raw = read_container(state)
+    found = state["container"]
+    if raw is None or found is None:
+        return
+    state.update(image=found["image"], image_present=True, recreate=False)
+    if found["status"] == "running" and found["bindings"]:
+        state["api"] = api.probe(container.made_from(raw), placed=state["referee"]["code"] == 0)
 
 
 def read_service(
     files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], known_hash: Optional[str]
 ) -> Tuple[Dict[str, Any], str]:
-    """Compare the container with the wanted service; return that, and its config hash."""
-    project = str(wanted["env"]["COMPOSE_PROJECT_NAME"])
-    container = state["container"] = inspect_container()
-    check_container(container, state["referee"])
+    """Compare the container with the service of the files; return that, and its config hash."""
+    raw = read_container(state)
+    found = state["container"]
     # A newer Compose may hash otherwise: only one that asks for no change is taken as known.
-    if container is None or container["config_hash"] != known_hash:
+    if found is None or found["config_hash"] != known_hash:
         known_hash = None
-    service, config_hash = resolve_service(files, wanted["project_dir"], project, known_hash)
+    contents = {os.path.basename(change.path): change.after for change in files}
+    service, config_hash = compose.resolve(contents, wanted["project_dir"], state["project"], known_hash)
     check_service(service)
     state["image"] = service["image"]
-    wanted_image = image_id(service["image"])
+    wanted_image = container.image_id(service["image"])
     state["image_present"] = wanted_image is not None
-    if container:
-        check_owner(container, project, wanted["project_dir"])
-    if container:
-        state["recreate"] = container["config_hash"] != config_hash or container["image_id"] != wanted_image
-        proven_at = (state["last_proven"] or {}).get("proven_at", "")
-        container["was_ready"] = container["health"] == "healthy" or (
-            # The engine asks for its health only every ten seconds.
-            not state["recreate"] and proven_at[:19] >= container["started_at"][:19]
+    if found:
+        check_owner(found, wanted["project_dir"])
+        state["recreate"] = (
+            found["config_hash"] != config_hash
+            or found["image_id"] != wanted_image
+            or found["project"] != state["project"]
         )
+        proven_at = (state["last_proven"] or {}).get("proven_at", "")
+        found["was_ready"] = found["health"] == "healthy" or (
+            # The engine asks for its health only every ten seconds.
+            not state["recreate"] and proven_at[:19] >= found["started_at"][:19]
+        )
+    if raw and found and found["status"] == "running":
         # A container that will be replaced listens where it was told before.
-        if container["status"] == "running" and not state["recreate"]:
-            state["api"] = probe_api(service, placed=state["referee"]["code"] == 0)
+        if not state["recreate"]:
+            state["api"] = api.probe(service, placed=state["referee"]["code"] == 0)
+            state["serving"] = state["api"]["healthy"]
+        elif found["bindings"] and not state["referee"]["processes"]:
+            state["serving"] = api.probe(container.made_from(raw), placed=False)["healthy"]
     return service, config_hash
 
 
-def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any) -> Dict[str, Any]:
-    """Take the one look: what is there, what is wanted, and what would change.
+class Judged(NamedTuple):
+    """What the container is held against: the service of the files, its config hash, and the record of the same files."""
 
-    Args:
-        gpu_device_id: index, UUID or PCI bus id of the card; None means the one that the
-            container asked for.
-        wanted: WANTED_OPTIONS, filled in.
-        options: `as_installed` judges the server by the files that the host
-            has, not by `wanted`; `preflight` asks for every check that a
-            change needs, `force` leaves some out, `training_gpus` are ids; `again` takes what
-            is found for granted, where else only what two looks find counts.
+    service: Mapping[str, Any]
+    config_hash: str
+    same: Optional[record.Proven]
 
-    Returns:
-        `problems` (texts with their cures; nothing may be changed while there
-        are any), `gpus`, `gpu` (the asked card), `gpu_device_id` (its id as the engine
-            takes it), `changes` (sentences),
-        `files_differ`, `recreate` (the container isn't the wanted one),
-        `action` (what brings the wanted server up),
-        `image_present`, `container`, `referee` (its verdict), `api`,
-        `last_proven` (its record), `recorded` (it is what runs now), `proof`
-        (what to record), `doubts` (what keeps the server from being proven),
-        and `proven`: the wanted container runs, on that card and no other, and
-        its API answers.
-    """
+
+def read_files(
+    wanted: Mapping[str, Any], state: Dict[str, Any], last: Optional[record.Proven], *, as_installed: bool
+) -> Judged:
+    """Compare the files and the container with what is wanted, or with the files that are installed."""
+    files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
+    changes = [change for change in files if change.differs]
+    left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
+    state["files_differ"] = bool(changes or left)
+    state["changes"] = describe_changes(changes, wanted)
+    state["changes"].extend(
+        "{0}, which an interrupted play has left, is removed".format(path) for path in left
+    )
+    state["project"] = project_of(files, wanted, as_installed=as_installed)
+    contents = {os.path.basename(one.path): one.after for one in files[:2]}
+    same = last if last and contents.items() <= last.files.items() else None
+    # Of the very files that were proven, Compose told the hash then.
+    service, config_hash = read_service(
+        files, wanted, state, same.record.get("config_hash") if same else None
+    )
+    state["secrets"].update(
+        outgoing.secret_values(service.get("environment") or {}, settings.secrets(wanted))
+    )
+    state["notes"].extend(orphans(files))
+    if not as_installed:
+        state["problems"].extend(compose.contradictions(service, wanted))
+    return Judged(service, config_hash, same)
+
+
+def begin(
+    gpu_device_id: Optional[str], wanted: Mapping[str, Any]
+) -> Tuple[Dict[str, Any], Mapping[str, Any]]:
+    """Read the cards; return the state so far, and what is wanted with the card's id as the engine takes it."""
     problems: List[str] = []
-    asked = wanted
     state: Dict[str, Any] = {
         "problems": problems,
         "gpus": [],
@@ -571,6 +445,11 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         "referee": dict.fromkeys(_VERDICT),
         "api": {"url": "", "healthy": False, "models": [], "error": "it was not asked"},
         "doubts": [],
+        "notes": [],
+        "unanswered": False,
+        "serving": False,
+        "secrets": set(),
+        "project": str(wanted["env"]["COMPOSE_PROJECT_NAME"]),
         "proven": False,
         "proof": {},
         "recorded": False,
@@ -582,54 +461,87 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
             wanted = dict(wanted, env=dict(wanted["env"], GPU_DEVICE_ID=state["gpu_device_id"]))
     except Problem as problem:
         problems.append(str(problem))
-    problems.extend(
-        "{0} is exported in the environment of the user that Ansible becomes on this host, and would "
-        "beat .env. Unset it there (look in /etc/environment and the shell's profile).".format(key)
-        for key in exported_secrets(wanted)
-    )
-    problems.extend(
-        "{0} is shorter than {1} characters, or stands in another setting (model, image, path …), so that it can't be "
-        "hidden. Give the right one; for an API key, a random one such as `openssl rand -hex 24` prints.".format(
-            key, _SHORTEST_SECRET
-        )
-        for key in weak_secrets(wanted)
-    )
-    last = record.load(wanted["project_dir"], "current")
-    state["last_proven"] = last.record if last else None
-    as_installed = options.get("as_installed", False)
+        state["unanswered"] = isinstance(problem, container.Unanswered)
+    return state, wanted
+
+
+def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any) -> Dict[str, Any]:
+    """Take the one look: what is there, what is wanted, and what would change.
+
+    Args:
+        gpu_device_id: index, UUID or PCI bus id of the card; None means the one that the
+            container asked for.
+        wanted: WANTED_OPTIONS, filled in.
+        options: `as_installed` judges the server by the files that the host
+            has, not by `wanted`, and `as_running` by what its container was made from; `preflight` asks for every check that a
+            change needs, `force` leaves some out, `training_gpus` are ids; `again` takes what
+            is found for granted, where else only what two looks find counts.
+
+    Returns:
+        `problems` (texts with their cures; nothing may be changed while there
+        are any), `gpus`, `gpu` (the asked card), `gpu_device_id` (its id as the engine
+            takes it), `changes` (sentences),
+        `files_differ`, `recreate` (the container isn't the wanted one),
+        `action` (what brings the wanted server up),
+        `image_present`, `container`, `referee` (its verdict), `api`,
+        `last_proven` (its record), `recorded` (it is what runs now), `proof`
+        (what to record), `doubts` (what keeps the server from being proven), `notes`
+        (what a person should know besides), `unanswered` (the engine gave no answer),
+        and `proven`: the wanted container runs, on that card and no other, and
+        its API answers.
+    """
+    state, resolved = begin(gpu_device_id, wanted)
+    problems = state["problems"]
+    as_installed, as_running = options.get("as_installed", False), options.get("as_running", False)
+    invalid = [] if as_installed or as_running else list(settings.check(resolved))
+    problems.extend(invalid)
+    judged = Judged({}, "", None)
     try:
-        files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
-        state["files_differ"] = any(change.differs for change in files)
-        state["changes"] = describe_changes([change for change in files if change.differs], wanted)
-        contents = {os.path.basename(one.path): one.after for one in files[:2]}
-        same = last if last and contents.items() <= last.files.items() else None
-        # Of the very files that were proven, Compose told the hash then.
-        known_hash = same.record.get("config_hash") if same else None
-        service, config_hash = read_service(files, wanted, state, known_hash)
+        last = record.load(wanted["project_dir"], "current")
+        state["last_proven"] = last.record if last else None
+        if as_running:
+            read_running(state)
+        elif not invalid:
+            judged = read_files(resolved, state, last, as_installed=as_installed)
     except Problem as problem:
         if not problems and not options.get("again"):
-            return read(gpu_device_id, asked, again=True, **options)
+            return read(gpu_device_id, wanted, again=True, **options)
         problems.append(str(problem))
+        state["unanswered"] = state["unanswered"] or isinstance(problem, container.Unanswered)
         return state
     state["doubts"] = doubts(state)
     state["action"] = action(state)
-    changes = options.get("preflight") and (problems or state["doubts"])
+    if judged.service:
+        found = list(find_problems(state, judged.service, resolved, options))
+        if found and not options.get("again"):
+            # A server that dies, or is brought back, between two of these reads looks like a problem of the host.
+            return read(gpu_device_id, wanted, again=True, **options)
+        problems.extend(found)
+    state["proven"] = not problems and not state["doubts"]
+    if state["proven"] and judged.service:
+        state["proof"] = proof(state, judged.config_hash)
+        state["recorded"] = is_recorded(state, judged)
+    return state
+
+
+def is_recorded(state: Mapping[str, Any], judged: Judged) -> bool:
+    """Return whether what runs is what was proven last, from the same files."""
+    if state["files_differ"] or judged.same is None:
+        return False
+    return all(judged.same.record.get(key) == value for key, value in state["proof"].items())
+
+
+def find_problems(
+    state: Mapping[str, Any],
+    service: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield what prevents a change, where one is needed; of a proven server, whether its card is still the same."""
+    changes = options.get("preflight") and (state["problems"] or state["doubts"])
     checks = preflight.CHECKS if changes else preflight.ALWAYS
     force, training_gpus = options.get("force", []), options.get("training_gpus", [])
-    found = list(preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus)))
-    if found and not options.get("again"):
-        # A server that dies, or is brought back, between two of these reads looks like a problem of the host.
-        return read(gpu_device_id, asked, again=True, **options)
-    problems.extend(found)
-    state["proven"] = not problems and not state["doubts"]
-    if state["proven"]:
-        state["proof"] = proof(state, config_hash)
-        state["recorded"] = (
-            not state["files_differ"]
-            and same is not None
-            and all(same.record.get(key) == value for key, value in state["proof"].items())
-        )
-    return state
+    return preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus))
 
 
 def proof(state: Mapping[str, Any], config_hash: str) -> Dict[str, Any]:
@@ -645,19 +557,22 @@ def proof(state: Mapping[str, Any], config_hash: str) -> Dict[str, Any]:
 
 
 def action(state: Mapping[str, Any]) -> str:
-    """Return what brings the wanted server up: create, recreate, replace, wait or nothing.
+    """Return what brings the wanted server up: create, recreate, move, replace, wait or nothing.
+
+    `move` is for one of the earlier Compose project, which has to go before its successor can have its name.
 
     `replace` is for a container that matches its files and yet is no good, so
     that Compose must be told; one that is only still loading is left to load.
     """
-    container = state["container"]
-    if container is None:
+    found = state["container"]
+    if found is None:
         return "create"
     if state["recreate"]:
-        return "recreate"
+        return "recreate" if found["project"] == state["project"] else "move"
     if (
-        container["status"] != "running"
-        or container["health"] == "unhealthy"
+        found["status"] != "running"
+        # Where the API answers all the same, it is the health check that is ill.
+        or (found["health"] == "unhealthy" and not state["api"]["healthy"])
         or state["referee"]["cause"] in ("wrong_gpu", "additional_gpu", "gpu_view_lost")
     ):
         return "replace"
@@ -666,13 +581,13 @@ def action(state: Mapping[str, Any]) -> str:
 
 def doubts(state: Mapping[str, Any]) -> List[str]:
     """Say what keeps the server from being proven, the most basic reason first."""
-    container = state["container"]
-    if container is None:
+    found = state["container"]
+    if found is None:
         return ["There is no container named {0}.".format(CONTAINER)]
-    if container["status"] != "running":
-        return ["The container is {0}, not running.".format(container["status"])]
+    if found["status"] != "running":
+        return ["The container is {0}, not running.".format(found["status"])]
     reasons = []
-    if len(container["requested"]) != 1 or state["gpu"] is None:
+    if len(found["requested"]) != 1 or state["gpu"] is None:
         reasons.append("The container was not asked for one certain GPU.")
     if state["recreate"]:
         reasons.append("The container was made from other settings or another image than these.")

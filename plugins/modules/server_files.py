@@ -9,6 +9,7 @@ module: server_files
 short_description: Write the compose file, .env and the referee of the vLLM service
 description:
   - Writes the three files of the service where they differ, each one whole or not at all.
+  - Removes what plays that were killed have left in the directory.
   - An existing C(.env) keeps every key, comment and byte that the role doesn't decide.
   - No secret shows in the result or in the diff.
 author: vllm_gpu maintainers (@mlops)
@@ -39,10 +40,25 @@ options:
         description: Keys and values of C(.env) that the role decides.
         type: dict
         required: true
-      secrets:
-        description: The same for keys whose values may never be shown.
+      extra_args:
+        description: More arguments of vLLM, as a list of words or one text.
+        type: raw
+        default: []
+      server_env:
+        description: More environment variables of the server.
         type: dict
         default: {}
+      secrets:
+        description: Keys and values of C(.env) that may never be shown.
+        type: dict
+        default: {}
+      secret_env:
+        description: The same for environment variables of the server.
+        type: dict
+        default: {}
+  lock:
+    description: The play that must hold the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
+    type: str
 attributes:
   check_mode:
     description: Writes nothing and says what it would write.
@@ -64,13 +80,25 @@ written:
   returned: always
   type: list
   elements: str
+removed:
+  description: Paths of what killed plays had left, that were, or in check mode would be, removed.
+  returned: always
+  type: list
+  elements: str
 """
 
 import os
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, record, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    dotenv,
+    leftovers,
+    lock,
+    outgoing,
+    record,
+    server,
+)
 
 
 def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
@@ -85,7 +113,7 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
         return content.decode("utf-8", "replace")
     text = ""
     for line in dotenv.lines(content):
-        if line.key in wanted["env"]:
+        if line.key in wanted["env"] or line.key in wanted["server_env"]:
             text += line.text.decode("utf-8", "replace") + "\n"
         elif line.key:
             text += line.key + "=(hidden)\n"
@@ -105,26 +133,34 @@ def diff(change: server.FileChange, wanted: Mapping[str, Any]) -> Dict[str, str]
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec={"wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS}},
+        argument_spec={
+            "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
+            "lock": {"type": "str"},
+        },
         supports_check_mode=True,
     )
     wanted = module.params["wanted"]
     try:
-        changes = [change for change in server.compare_files(wanted) if change.differs]
-        if not module.check_mode:
-            os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
-            for change in changes:
-                record.write_whole(change.path, change.after, change.mode)
+        with lock.holding(None if module.check_mode else module.params["lock"]):
+            changes = [change for change in server.compare_files(wanted) if change.differs]
+            found = leftovers.leftovers(wanted["project_dir"])
+            if not module.check_mode:
+                os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
+                leftovers.remove(found)
+                # The referee first: it tells that the directory is the role's.
+                for change in reversed(changes):
+                    record.write_whole(change.path, change.after, change.mode)
     except server.Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, wanted["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "
             "run the play again.".format(error.filename or wanted["project_dir"], error.strerror)
         )
     module.exit_json(
-        changed=bool(changes),
+        changed=bool(changes or found),
         written=[change.path for change in changes],
+        removed=found,
         diff=[diff(change, wanted) for change in changes],
         invocation=server.invocation(module.params),
     )

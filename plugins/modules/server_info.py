@@ -24,6 +24,11 @@ options:
       - Judge the server by the files that the host has, instead of comparing them with C(wanted).
     type: bool
     default: false
+  as_running:
+    description:
+      - Judge the server by what its own container was made from, whatever the files say.
+    type: bool
+    default: false
   preflight:
     description:
       - Where the server is not proven, also check everything that a change needs (engine, free memory,
@@ -34,7 +39,7 @@ options:
     description: Checks to leave out.
     type: list
     elements: str
-    choices: [drift, exposure, mig, training]
+    choices: [drift, exposure, irreversible, mig, training]
     default: []
   training_gpus:
     description: Ids of the GPUs that are set aside for training.
@@ -77,8 +82,20 @@ options:
         description: Keys and values of C(.env) that the role decides.
         type: dict
         required: true
+      extra_args:
+        description: More arguments of vLLM, as a list of words or one text.
+        type: raw
+        default: []
+      server_env:
+        description: More environment variables of the server.
+        type: dict
+        default: {}
       secrets:
-        description: The same for keys whose values may never be shown.
+        description: Keys and values of C(.env) that may never be shown.
+        type: dict
+        default: {}
+      secret_env:
+        description: The same for environment variables of the server.
         type: dict
         default: {}
 attributes:
@@ -128,7 +145,7 @@ recreate:
   returned: always
   type: bool
 action:
-  description: What brings the wanted server up, one of create, recreate, replace, wait and nothing.
+  description: What brings the wanted server up, one of create, recreate, move, replace, wait and nothing.
   returned: always
   type: str
 image:
@@ -168,6 +185,23 @@ doubts:
   returned: always
   type: list
   elements: str
+notes:
+  description: What a person should know although it is no reason to doubt the server.
+  returned: always
+  type: list
+  elements: str
+unanswered:
+  description: Whether the Docker Engine gave no answer, as while it restarts.
+  returned: always
+  type: bool
+serving:
+  description: Whether the server that runs answers, by the settings that it was made from.
+  returned: always
+  type: bool
+project:
+  description: The Compose project that the wanted server belongs to.
+  returned: always
+  type: str
 proven:
   description: Whether the wanted server runs, on the wanted GPU and no other, and answers.
   returned: always
@@ -179,8 +213,30 @@ log:
   elements: str
 """
 
+from typing import Any, Dict, Mapping
+
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    container,
+    lock,
+    outgoing,
+    server,
+    settings,
+)
+
+# What programs and people of the host have written. The rest is ids and figures that the role goes on to use.
+_FOREIGN = ("problems", "doubts", "notes", "changes", "log", "api", "referee")
+
+
+def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what may leave the host of a state."""
+    secrets = outgoing.known(wanted["project_dir"], settings.secrets(wanted)) | state["secrets"]
+    result = {key: outgoing.clean(value) for key, value in state.items() if key != "secrets"}
+    result.update({key: outgoing.clean(state[key], secrets) for key in _FOREIGN})
+    if result["container"]:
+        words = {key: outgoing.clean(state["container"][key], secrets) for key in ("error", "health_output")}
+        result["container"] = dict(result["container"], **words)
+    return result
 
 
 def main() -> None:
@@ -189,31 +245,30 @@ def main() -> None:
         argument_spec={
             "gpu_device_id": {"type": "str"},
             "as_installed": {"type": "bool", "default": False},
+            "as_running": {"type": "bool", "default": False},
             "preflight": {"type": "bool", "default": False},
-            "force": {
-                "type": "list",
-                "elements": "str",
-                "choices": ["drift", "exposure", "mig", "training"],
-                "default": [],
-            },
+            "force": {"type": "list", "elements": "str", "choices": server.FORCE, "default": []},
             "training_gpus": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str"},
             "waiting": {"type": "bool", "default": False},
             "log_lines": {"type": "int", "default": 0},
             "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
         },
+        mutually_exclusive=[("as_installed", "as_running")],
         supports_check_mode=True,
     )
     params = module.params
-    options = {key: params[key] for key in ("as_installed", "preflight", "force", "training_gpus")}
+    options = {
+        key: params[key] for key in ("as_installed", "as_running", "preflight", "force", "training_gpus")
+    }
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
     grace = (state["container"] or {}).get("stop_timeout", 0)
     lease = lock.RENEWAL if params["waiting"] else lock.STEP + grace
     if params["lock"] and not lock.renew(params["lock"], lease):
         module.fail_json(msg="Another play has taken over this server's change; this one has stopped.")
     lines = params["log_lines"]
-    state["log"] = server.log_tail(lines) if lines and state["container"] else []
-    module.exit_json(changed=False, invocation=server.invocation(params), **state)
+    state["log"] = container.log_tail(lines) if lines and state["container"] else []
+    module.exit_json(changed=False, invocation=server.invocation(params), **shown(state, params["wanted"]))
 
 
 if __name__ == "__main__":

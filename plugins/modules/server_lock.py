@@ -8,9 +8,9 @@ DOCUMENTATION = r"""
 module: server_lock
 short_description: Let one play at a time change the vLLM service of a host
 description:
-  - Takes or gives back the host's lock. A play that holds it renews it with every look at the host.
-  - Where another play holds it and is alive, fails at once. Where that play was killed, its lock runs out
-    within minutes (90 s and the container's grace period at most), and this one waits for that.
+  - Takes or gives back the host's lock. A play that holds it renews it with every read of the host.
+  - Where another play holds it and is alive, fails as soon as that is clear. Where that play was killed, its lock
+    runs out 90 s after its last step on the host at the latest, and this one waits for that.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
@@ -20,8 +20,14 @@ options:
     choices: [held, released]
     required: true
   run:
-    description: The play that gives the lock back, as it was named when it took it.
+    description: The play that gives the lock back, or takes it again, as it was named when it took it.
     type: str
+  again:
+    description: >-
+      Take it only if no other play has had it since O(run) had it, also where that one has ended: what there is to
+      put back would be written over the other play's server.
+    type: bool
+    default: false
   who:
     description: Whom to name to others who want the lock.
     type: str
@@ -33,7 +39,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Let no other play change this server meanwhile
+- name: Take the host's lock
   mlops.vllm_gpu.server_lock:
     state: held
   register: __vllm_gpu_lock
@@ -46,7 +52,7 @@ run:
   type: str
 held_by:
   description: Who holds the lock.
-  returned: when another play does, and goes on
+  returned: when another play does, or has had it since
   type: str
 waited:
   description: Seconds waited for the lock of a play that was killed.
@@ -59,10 +65,12 @@ import uuid
 from typing import Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock, server
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock
 
 # After how many renewals the holder counts as alive.
 _ALIVE = 2
+# How long a single step of another play may go on, its container's grace period included; seconds.
+_LONGEST_STEP = 1200
 
 
 def main() -> None:
@@ -72,6 +80,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["held", "released"], "required": True},
             "run": {"type": "str"},
             "who": {"type": "str", "default": "another play"},
+            "again": {"type": "bool", "default": False},
         },
         required_if=[("state", "released", ["run"])],
         supports_check_mode=True,
@@ -83,19 +92,15 @@ def main() -> None:
     if params["state"] == "released":
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
-    try:
-        container = server.inspect_container() or {}
-    except server.Problem as problem:
-        module.fail_json(msg=str(problem), run=run)
     started = time.monotonic()
     # One more renewal may still come from a play that was killed: its last
     # step on the host runs to its end.
     seen: Set[Tuple[str, float]] = set()
     while True:
         try:
-            lease = lock.take(run, params["who"], container.get("stop_timeout", 0))
+            lease = lock.take(run, params["who"], again=params["again"])
         except OSError as error:
-            cure = "Mend that, and run the play again."
+            cure = "Correct that, and run the play again."
             if isinstance(error, PermissionError):
                 cure = "The play must be root on this host: add -K for sudo's password, or log in as root."
             module.fail_json(
@@ -103,13 +108,29 @@ def main() -> None:
             )
         if lease is None:
             break
-        seen.add((str(lease["run"]), float(lease["renewed"])))
+        who = lease.get("who", "another play")
+        if params["again"] and lease.get("run") != run:
+            module.fail_json(
+                run=run,
+                held_by=who,
+                msg="{0} has taken this host's lock, because this play had stalled.".format(who),
+            )
+        seen.add((str(lease.get("run")), float(lease.get("renewed", 0))))
         if len(seen) > _ALIVE:
             module.fail_json(
                 run=run,
-                held_by=lease["who"],
+                held_by=who,
                 msg="{0} is changing this server right now. Run this play again when that one has "
-                "ended.".format(lease["who"]),
+                "ended.".format(who),
+            )
+        if time.monotonic() - started > _LONGEST_STEP:
+            module.fail_json(
+                run=run,
+                held_by=who,
+                msg="{0} has held this host's lock for {1} s in one step. `fuser -v {2}` on the host names its "
+                "process: end it if nothing comes of it, and run this play again.".format(
+                    who, _LONGEST_STEP, lock.PATH
+                ),
             )
         time.sleep(0.5)
     module.exit_json(changed=False, run=run, waited=round(time.monotonic() - started))

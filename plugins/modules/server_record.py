@@ -9,9 +9,10 @@ module: server_record
 short_description: Keep the proven state of the vLLM service, or put one back
 description:
   - With O(state=saved), keeps the compose file and C(.env) as they are, with the record of what they
-    proved, as the current proven state; the one before becomes the previous one.
-  - With O(state=restored), puts the files of a proven state back byte for byte, and its image's name back
-    on its image. Starts nothing.
+    proved, as the current proven state; the one before becomes the previous one. Files that somebody has edited
+    since the server was made from them prove nothing, and are not kept.
+  - With O(state=restored), puts the files of the previous proven state back byte for byte, and its image's name
+    back on its image. Starts nothing.
   - The record holds no secret.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
@@ -28,19 +29,9 @@ options:
   proof:
     description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
     type: dict
-  keys:
-    description: Keys of the restored C(.env) whose values to return; never of secrets.
-    type: list
-    elements: str
-    default: []
   lock:
     description: As for M(mlops.vllm_gpu.server_info).
     type: str
-  which:
-    description: Which proven state to put back.
-    type: str
-    choices: [current, previous]
-    default: current
 attributes:
   check_mode:
     description: Writes nothing and says what it would do.
@@ -57,16 +48,12 @@ EXAMPLES = r"""
 
 RETURN = r"""
 found:
-  description: Whether there is a proven state of that kind.
+  description: Whether a proven state was kept, or was there to put back.
   returned: always
   type: bool
 record:
   description: The record of the state that was kept or put back.
   returned: always
-  type: dict
-env:
-  description: What the restored C(.env) says for O(keys).
-  returned: for O(state=restored)
   type: dict
 restored:
   description: Paths of the files that were put back.
@@ -77,10 +64,19 @@ restored:
 
 import os
 import time
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, lock, record, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
+    container,
+    dotenv,
+    lock,
+    outgoing,
+    record,
+    server,
+    shell,
+)
 
 
 def image_digests(image: str) -> List[str]:
@@ -94,10 +90,10 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
     installed = server.installed_files(directory)
     files = {os.path.basename(one.path): one.after for one in installed}
     made = dict(proof, image_digests=image_digests(proof["image_id"]))
-    # Later looks rely on its being that of these very files, also where somebody
-    # has edited one since the proof.
+    # Later reads rely on its being that of these very files.
     project = dotenv.values(files[server.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
-    made["config_hash"] = server.resolve_service(installed, directory, project, None)[1]
+    if compose.resolve(files, directory, project, None)[1] != proof["config_hash"]:
+        return {"changed": False, "found": False, "record": {}, "restored": []}
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
@@ -109,7 +105,7 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
 def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
     """Give the proven image its name back where another one has it; say whether that was so."""
     image, wanted = proven.record["image"], proven.record["image_id"]
-    if server.image_id(image) == wanted:
+    if container.image_id(image) == wanted:
         return False
     tagged = (
         shell.Output(0, "", "") if module.check_mode else shell.run(["docker", "image", "tag", wanted, image])
@@ -136,24 +132,19 @@ def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) 
     return restored
 
 
-def restore(module: AnsibleModule, directory: str, which: str, keys: Sequence[str]) -> Dict[str, Any]:
-    """Put the files back, and the image's name on the image that was proven."""
-    proven = record.load(directory, which)
+def restore(module: AnsibleModule, directory: str) -> Dict[str, Any]:
+    """Put the previous files back, and the image's name on the image that was proven."""
+    proven = record.load(directory, "previous")
     if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
-        return {"changed": False, "found": False, "record": {}, "restored": [], "env": {}}
-    # By hand, what can't be started again isn't put back. After a failure the
-    # files come back whatever has become of the engine.
-    moved = which == "previous" and restore_image(module, proven)
+        return {"changed": False, "found": False, "record": {}, "restored": []}
+    # What can't be started again isn't put back.
+    moved = restore_image(module, proven)
     restored = restore_files(module, directory, proven)
-    moved = moved or (which == "current" and restore_image(module, proven))
-    said = dotenv.values(proven.files[server.ENV_FILE])
-    env = {key: said[key] for key in keys if said.get(key) is not None}
     return {
         "changed": bool(restored) or moved,
         "found": True,
         "record": proven.record,
         "restored": restored,
-        "env": env,
     }
 
 
@@ -164,28 +155,20 @@ def main() -> None:
             "state": {"type": "str", "choices": ["saved", "restored"], "required": True},
             "project_dir": {"type": "path", "required": True},
             "proof": {"type": "dict"},
-            "keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "lock": {"type": "str"},
-            "which": {"type": "str", "choices": ["current", "previous"], "default": "current"},
         },
         required_if=[("state", "saved", ["proof"])],
         supports_check_mode=True,
     )
     params = module.params
     try:
-        if params["lock"]:
-            # What comes next may stop a server, which takes its time.
-            grace = (server.inspect_container() or {}).get("stop_timeout", 0)
-            if not lock.renew(params["lock"], lock.STEP + grace):
-                raise server.Problem(
-                    "Another play has taken over this server's change; this one has recorded nothing."
-                )
-        if params["state"] == "saved":
-            result = save(module, params["project_dir"], params["proof"])
-        else:
-            result = restore(module, params["project_dir"], params["which"], params["keys"])
+        with lock.holding(params["lock"]):
+            if params["state"] == "saved":
+                result = save(module, params["project_dir"], params["proof"])
+            else:
+                result = restore(module, params["project_dir"])
     except server.Problem as problem:
-        module.fail_json(msg=str(problem))
+        module.fail_json(msg=outgoing.message(problem, params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(

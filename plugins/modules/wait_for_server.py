@@ -9,7 +9,8 @@ short_description: Follow a starting vLLM server until it is proven, dead, or ou
 description:
   - Looks at the host again and again with M(mlops.vllm_gpu.server_info) until the wanted server
     runs on the wanted GPU and no other, and its API answers.
-  - Goes on while a model loads, and shows what it is waiting for and for how long.
+  - Goes on while a model loads, and shows what it is waiting for and for how long. A connection or a Docker Engine
+    that is away for up to a minute, as during a restart, is waited for, too.
   - Ends at once, with the last lines of its log, when the container dies or is on another GPU. Only one that was
     there and well before may be brought back by its restart policy, once.
 author: vllm_gpu maintainers (@mlops)
@@ -36,6 +37,10 @@ options:
     description: As for M(mlops.vllm_gpu.server_info).
     type: str
   as_installed:
+    description: As for M(mlops.vllm_gpu.server_info).
+    type: bool
+    default: false
+  as_running:
     description: As for M(mlops.vllm_gpu.server_info).
     type: bool
     default: false

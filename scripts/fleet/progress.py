@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
+from fleet.text import without
+
 Event = Mapping[str, Any]
 # The hosts of playbooks/rollout.yml's waves.
 CHANGING = "vllm_gpu:&vllm_gpu_to_change"
@@ -26,12 +28,12 @@ WAY = "Mend the way to this host (ssh, become, python3), and run it again."
 # The task files of the role, by the phase of the lifecycle that they are. Those
 # that are missing here, as the lock's, belong to whatever phase goes on.
 PHASES = {
-    "preflight": "preflight", "plan": "preflight", "remember": "preflight",
+    "preflight": "preflight", "plan": "preflight", "remember": "preflight", "keep": "preflight",
     "pull": "pull",
     "configure": "configure",
     "deploy": "deploy",
     "verify": "verify",
-    "restore": "rollback", "restart_proven": "rollback", "start_proven": "rollback", "remove_container": "rollback",
+    "restore": "rollback", "start_proven": "rollback",
 }  # fmt: skip
 
 
@@ -48,7 +50,8 @@ def waves_of(count: int, sizes: Iterable[object]) -> int:
     ]
     number = 0
     while count > 0 and steps:
-        count -= steps[min(number, len(steps) - 1)]
+        step = steps[min(number, len(steps) - 1)]
+        count -= step if step > 0 else count  # 0 is all of them, for Ansible
         number += 1
     return number
 
@@ -157,8 +160,10 @@ class Rollout:
         names: Iterable[str],
         header: Mapping[str, Any],
         notify: Callable[..., None] = lambda *_, **__: None,
+        secrets: Iterable[str] = (),
     ) -> None:
         """Begin with the hosts that are asked for: those never reached appear in no event."""
+        self.secrets = list(secrets)
         self.hosts = {name: Host(name) for name in names}
         self.header = dict(header)
         self.notify = notify
@@ -205,7 +210,7 @@ class Rollout:
         phase = self._phase(data, host)
         if phase and host.enter(phase, at):
             self.notify("phase", host=host)
-        if data["task_action"].endswith(".docker_compose_v2") and host.before and not host.down_since:
+        if data["task_action"].endswith(".server_up") and host.before and not host.down_since:
             host.down_since = at
 
     @staticmethod
@@ -233,14 +238,16 @@ class Rollout:
             self._look(host, result, at)
 
     def _look(self, host: Host, look: Event, at: datetime) -> None:
-        host.message = look["referee"]["message"] or ""
+        host.message = without(self.secrets, look["referee"]["message"] or "")
         host.verdict = look["referee"]["verdict"]
         if host.wave is None:
             host.before = card_in_use(look)
             host.right = bool(look["recorded"])
             # The card is told as `before → after`, and new files say nothing more.
             host.changes = [
-                one for one in look["changes"] if not (one.startswith("GPU ") or one.endswith(" is new"))
+                without(self.secrets, one)
+                for one in look["changes"]
+                if not (one.startswith("GPU ") or one.endswith(" is new"))
             ]
             host.wanted = look["gpu"]
         host.after = card_in_use(look)
@@ -259,17 +266,17 @@ class Rollout:
     def _runner_on_failed(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
             result = data.get("res") or {}
-            host.error = str(result.get("msg") or result.get("stderr") or "It failed without a word.")
+            error = str(result.get("msg") or result.get("stderr") or "It failed without a message.")
             if result.get("module_stderr"):  # no module ran: sudo is missing, or Python
-                host.error += f"\n{str(result['module_stderr']).strip()}\n{WAY}"
-            host.touched = host.touched or bool(
-                host.wave and data["task_action"].endswith(".docker_compose_v2")
-            )
+                error += f"\n{str(result['module_stderr']).strip()}\n{WAY}"
+            host.error = without(self.secrets, error)
+            host.touched = host.touched or bool(host.wave and data["task_action"].endswith(".server_up"))
 
     def _runner_on_unreachable(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
             host.lost = True
-            host.error = f"{(data.get('res') or {}).get('msg', 'It could not be reached.')}\n{WAY}"
+            error = (data.get("res") or {}).get("msg", "It could not be reached.")
+            host.error = without(self.secrets, f"{error}\n{WAY}")
 
     def _playbook_on_stats(self, data: Event, _host: Host | None, at: datetime) -> None:
         for host in self.hosts.values():
@@ -303,12 +310,17 @@ class Rollout:
             "schema": 1,
             **self.header,
             "outcome": outcome,
-            "message": self.sentence(outcome),
+            "message": self.sentence(outcome) + self.rest(),
             "ended_at": self.ended.isoformat() if self.ended else None,
             "waves": [wave for wave in self.waves if wave["hosts"]],
             "hosts": [host.report() for host in self.hosts.values()],
             "totals": self.totals,
         }
+
+    def rest(self) -> str:
+        """Say which hosts of the roll-out that this one resumes were left out of it."""
+        names = self.header.get("left_over")
+        return f" Not done yet, as --limit left them out: {', '.join(names)}." if names else ""
 
     def sentence(self, outcome: str) -> str:
         """Say in a sentence or two what became of it."""

@@ -1,6 +1,6 @@
 """The report of a roll-out, three times: for programs (JSON), for people (HTML) and for CI (JUnit XML).
 
-Host names, card names and errors come from the hosts: whatever they hold, it stays text.
+Host names, card names and errors come from the hosts: whatever they hold, it stays text that can be seen.
 docs/rollout-report.md describes the fields.
 """
 
@@ -23,14 +23,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fleet.progress import OUTCOMES
+from fleet.text import visible_in
 
 HERE = Path(__file__).parent
 PASSES = {"changed", "already_right"}
 PHASES = ("preflight", "pull", "configure", "deploy", "verify", "rollback")
-
-# Shown as a box instead: what a page can't hold, and what turns the direction of the text around.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 # The lines of the timelines, in pixels: one with a name, and all of them together where a fleet
 # has more hosts than fit, so that 1,000 are still a picture.
@@ -58,10 +55,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def as_json(report: Mapping[str, Any]) -> bytes:
-    """For programs: the report as it is."""
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    # A half of a surrogate pair, which is how Python reads bytes that are no UTF-8, stays what it is.
-    return f"{text}\n".encode(errors="backslashreplace")
+    """For programs."""
+    return f"{json.dumps(visible_in(report), indent=1, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
 # --- JUnit -------------------------------------------------------------------------------------
@@ -69,6 +64,7 @@ def as_json(report: Mapping[str, Any]) -> bytes:
 
 def as_junit(report: Mapping[str, Any]) -> bytes:
     """For CI: every host is a test case, and what isn't where it should be is a failure."""
+    report = visible_in(report)
     hosts = report["hosts"]
     counts = {
         "tests": str(len(hosts)),
@@ -87,7 +83,7 @@ def as_junit(report: Mapping[str, Any]) -> bytes:
     for one in sorted(hosts, key=_by_wave):
         _test_case(suite, one)
     text = ET.tostring(root, encoding="unicode")
-    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + _NOT_XML.sub("", text).encode() + b"\n"
+    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + text.encode() + b"\n"
 
 
 def _test_case(suite: ET.Element, host: Mapping[str, Any]) -> None:
@@ -141,6 +137,7 @@ class Timeline(NamedTuple):
 
 def as_html(report: Mapping[str, Any]) -> bytes:
     """For people: one page that needs nothing beside it."""
+    report = visible_in(report)
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -178,7 +175,7 @@ def as_html(report: Mapping[str, Any]) -> bytes:
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page.replace("\r\n", "\n")).encode()
+    return page.encode()
 
 
 def _hash(text: str) -> str:

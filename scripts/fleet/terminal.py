@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from fleet.progress import OUTCOMES, Host, Rollout, n_hosts, short
+from fleet.text import visible, visible_in
 
 SIGNS = {
     "changed": ("green", "✔"), "already_right": ("green", "✔"), "rolled_back": ("yellow", "↩"),
@@ -29,18 +31,39 @@ _SHOWN = 8
 _REMINDER = 30
 
 
+def complain(text: str) -> None:
+    """Print what went wrong to the standard error."""
+    with suppress(OSError):  # the terminal is gone
+        print(visible(text), file=sys.stderr)
+
+
+def go_on_unread() -> None:
+    """Print to nobody from now on: a closed pipe or terminal must not end a roll-out half-way."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Screen(Console):
+    """Rich's console, which would end the program where its pipe is closed."""
+
+    def on_broken_pipe(self) -> None:
+        go_on_unread()
+
+
 class Lines:
     """Plain lines: for a log, a pipe, or a terminal that can no more."""
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Screen(highlight=False, soft_wrap=True)
 
     def __call__(self, what: str, **values: Any) -> None:  # noqa: ANN401
         getattr(self, f"on_{what}", lambda **_: None)(**values)
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style or None, markup=False)
+        try:
+            self.console.print(Text(visible(text), style))
+        except OSError:  # the terminal is gone
+            go_on_unread()
 
     def on_plan(self) -> None:
         rollout, changing = self.rollout, len(self.rollout.to_change)
@@ -152,8 +175,13 @@ class Terminal(Lines):
         working = at_work(rollout)
         for host in working[:_SHOWN]:
             seconds = (now - host.started).total_seconds() if host.started else 0
-            cards = f"{short(host.before)} → {short(host.wanted)}"
-            grid.add_row(self.spinner, escape(host.name), cards, host.phase, f"{seconds:4.0f} s")
+            words = (
+                host.name,
+                f"{short(host.before)} → {short(host.wanted)}",
+                host.phase,
+                f"{seconds:4.0f} s",
+            )
+            grid.add_row(self.spinner, *(Text(visible(one)) for one in words))
         if len(working) > _SHOWN:
             grid.add_row("", f"and {len(working) - _SHOWN} more")
         done = sum(bool(host.ended) for host in rollout.hosts.values())
@@ -176,7 +204,11 @@ class Events(Lines):
 
     @staticmethod
     def put(event: str, **values: object) -> None:
-        print(json.dumps({"event": event, "at": datetime.now(UTC).isoformat(), **values}), flush=True)
+        said = {"event": event, "at": datetime.now(UTC).isoformat(), **values}
+        try:
+            print(json.dumps(visible_in(said)), flush=True)
+        except OSError:
+            go_on_unread()
 
     def on_plan(self) -> None:
         hosts = self.rollout.hosts.values()

@@ -158,10 +158,7 @@ def demo(rounds: int) -> None:
                 "--dest",
                 folder,
             ]
-            downloads.append(
-                seconds([*pip, "-r", ROOT / "requirements/runtime.txt"])
-                + seconds([*pip, "--no-deps", "-r", ROOT / "requirements/collections.txt"])
-            )
+            downloads.append(seconds([*pip, "-r", ROOT / "requirements/runtime.txt"]))
             try:
                 fresh.append(seconds(["make", "demo"], cwd=clone))
                 again.append(seconds(["make", "demo"], cwd=clone))

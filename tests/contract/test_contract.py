@@ -5,20 +5,28 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gpuhost
-import jinja2
 import light_host
 import pytest
 import real_vllm
 import yaml
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
+    container,
+    dotenv,
+    server,
+    settings,
+    shell,
+)
 
 from tests.faults.test_matrix import ROWS
+from tests.wanted import rendered
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/vllm_gpu"
@@ -36,16 +44,6 @@ COMPOSE = (ROOT / "docker/docker-compose.serving.yml").read_text(encoding="utf-8
 SECRETS = {"VLLM_API_KEY": "vllm_gpu_api_key", "HF_TOKEN": "vllm_gpu_hf_token"}
 
 
-def env_of_the_role() -> dict[str, str]:
-    """The keys of .env as the role renders them from its defaults."""
-    environment = jinja2.Environment(autoescape=False)  # noqa: S701 - no HTML
-    environment.filters["quote"] = shlex.quote
-    return {
-        key: environment.from_string(str(text)).render(**DEFAULTS)
-        for key, text in VARS["__vllm_gpu_env"].items()
-    }
-
-
 def variable_of(key: str) -> str:
     (name,) = set(re.findall(r"(?<![\w.])(?:gpu_device_id|vllm_gpu_\w+)", VARS["__vllm_gpu_env"][key]))
     return str(name)
@@ -61,21 +59,26 @@ def test_every_default_is_specified_with_its_value(entry: str) -> None:
     for name, option in options.items():
         assert option.get("default", own.get(name)) == {**own, **DEFAULTS}[name], name
         assert option["description"], name
-        assert option.get("no_log", False) == (name in SECRETS.values()), name
+        assert option.get("no_log", False) == (name in {*SECRETS.values(), "vllm_gpu_secret_env"}), name
 
 
 def test_the_example_has_every_key_that_compose_reads_with_its_default() -> None:
-    read = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE.split("services:", 1)[1]))
-    assert COMPOSE.split("services:", 1)[1].count("${") == len(read)
-    assert read == EXAMPLE
+    found = re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE.split("services:", 1)[1])
+    read = dict(found)
+    assert COMPOSE.split("services:", 1)[1].count("${") == len(found)
+    # One that is read several times has one default.
+    assert set(found) == set(read.items())
+    # The project's name is for Compose itself.
+    assert {**read, "COMPOSE_PROJECT_NAME": container.PROJECT} == EXAMPLE
 
 
 def test_the_role_decides_every_key_and_its_defaults_are_the_example() -> None:
-    decided = {**env_of_the_role(), **dict.fromkeys(SECRETS, "")}
-    # The project's name is for Compose itself; the health check's start period
-    # is the host's own affair, as waiting longer must not restart a server.
-    assert decided.pop("COMPOSE_PROJECT_NAME") == "vllm"
-    assert {**decided, "VLLM_START_PERIOD": "1800s"} == EXAMPLE
+    decided = {**rendered("{{ __vllm_gpu_env }}"), **dict.fromkeys(SECRETS, "")}
+    # The health check's start period is the host's own affair, as waiting longer
+    # must not restart a server.
+    # So are the volumes' names, which must not change under a server that has them.
+    assert {**decided, "VLLM_START_PERIOD": "1800s", "VLLM_VOLUME_PREFIX": container.PROJECT} == EXAMPLE
+    assert decided["COMPOSE_PROJECT_NAME"] == container.PROJECT
     for key, name in SECRETS.items():
         assert f"'{key}': {name}" in VARS["__vllm_gpu_secrets"]
 
@@ -138,7 +141,8 @@ def test_the_modules_document_what_they_take(name: str) -> None:
     documented = yaml.safe_load(module.DOCUMENTATION)
     options = options_of(documented["options"])
     spec = {key: dict(option) for key, option in server.WANTED_OPTIONS.items()}
-    assert spec["secrets"].pop("no_log") is True
+    for secret in ("secrets", "secret_env"):
+        assert spec[secret].pop("no_log") is True
     assert options["wanted"] == {"type": "dict", "required": True, "options": spec}
     assert documented["module"] == name
 
@@ -157,12 +161,107 @@ def test_there_is_one_source_of_each_file(link: str, source: str) -> None:
     assert path.resolve() == ROOT / source
 
 
-def test_the_installed_compose_file_is_the_one_for_use_by_hand() -> None:
-    text = (ROLE / "templates/docker-compose.serving.yml.j2").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert lines == ["{{ lookup('ansible.builtin.file', 'docker-compose.serving.yml', rstrip=false) }}"]
+HEAD = """\
+# Written by the role vllm_gpu, and again by its next run: change the inventory
+# instead.
+"""
+# Names that the file has elsewhere, in the very same place of a line, are the server's all the same.
+GIVEN = [
+    ({}, {}, []),
+    ({"HF_ENDPOINT": "x", "HF_HUB_OFFLINE": 1}, {}, ["HF_ENDPOINT", "HF_HUB_OFFLINE"]),
+    ({}, {"MY_TOKEN": "0123456789"}, ["MY_TOKEN"]),
+    ({"B": 1, "A": 2}, {"C": 3, "A": 4}, ["B", "A", "C"]),
+    ({"HF_TOKEN": 1, "A": 1}, {"VLLM_API_KEY": 1}, ["A"]),
+    ({"environment": 1}, {}, ["environment"]),
+    (
+        {"resources": 1, "test": 2, "interval": 3, "driver": 4, "options": 5, "name": 6, "vllm": 7, "services": 8}, {},
+        ["resources", "test", "interval", "driver", "options", "name", "vllm", "services"],
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What Ansible makes of the template, for each of GIVEN."""
+    folder = tmp_path_factory.mktemp("installed")
+    template = str(ROLE / "templates/docker-compose.serving.yml.j2")
+    each = " + ".join(
+        f"[lookup('ansible.builtin.template', '{template}', template_vars=given[{number}])]"
+        for number in range(len(GIVEN))
+    )
+    play = {
+        "hosts": "localhost", "connection": "local", "gather_facts": False,
+        "vars_files": [str(ROLE / "defaults/main.yml")],
+        "vars": {
+            "ansible_python_interpreter": sys.executable,
+            "given": [{"vllm_gpu_env": plain, "vllm_gpu_secret_env": secret} for plain, secret, _names in GIVEN],
+        },
+        "tasks": [
+            {"ansible.builtin.copy": {"content": f"{{{{ ({each}) | to_json }}}}", "dest": f"{folder}/all.json"}},
+        ],
+    }  # fmt: skip
+    # Where the role's own files are found.
+    (folder / "files").symlink_to(ROLE / "files")
+    (folder / "play.yml").write_text(json.dumps([play]), encoding="utf-8")
+    program = Path(sys.executable).parent / "ansible-playbook"
+    done = subprocess.run(
+        [program, "-i", "localhost,", folder / "play.yml"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return list(json.loads((folder / "all.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    ("number", "names"), [(number, names) for number, (_p, _s, names) in enumerate(GIVEN)]
+)
+def test_the_installed_compose_file_is_the_one_for_use_by_hand(
+    installed: list[str], number: int, names: list[str]
+) -> None:
+    """With one more line for each variable that the server is given, and nothing else."""
+    lines = "".join(f"      {name}:\n" for name in names)
+    assert installed[number].rstrip("\n") == HEAD + COMPOSE.replace(
+        "    environment:\n", f"    environment:\n{lines}"
+    ).rstrip("\n")
+    assert compose.passed_on(installed[number].encode()) == set(names)
     # Nothing in the source is for Jinja.
     assert not re.search(r"\{\{|\{%|\{#", COMPOSE)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "key", "text"),
+    [
+        ("vllm_gpu_bind_address", "localhost", "VLLM_BIND_ADDRESS", "127.0.0.1"),
+        ("vllm_gpu_bind_address", "::1", "VLLM_BIND_ADDRESS", "[::1]"),
+        ("vllm_gpu_bind_address", "[::1]", "VLLM_BIND_ADDRESS", "[::1]"),
+        ("vllm_gpu_bind_address", "10.0.0.5", "VLLM_BIND_ADDRESS", "10.0.0.5"),
+        ("vllm_gpu_bind_address", "gpu01", "VLLM_BIND_ADDRESS", "gpu01"),
+        ("vllm_gpu_extra_args", ["--a", "b c", 3, "it's"], "VLLM_EXTRA_ARGS", "--a 'b c' 3 'it'\"'\"'s'"),
+        ("vllm_gpu_extra_args", "--a  'b c'", "VLLM_EXTRA_ARGS", "--a  'b c'"),
+        # What is neither is refused by its name on the host, and no riddle of Jinja's before.
+        ("vllm_gpu_extra_args", None, "VLLM_EXTRA_ARGS", ""),
+        ("vllm_gpu_extra_args", 5, "VLLM_EXTRA_ARGS", "5"),
+        ("vllm_gpu_restart", False, "VLLM_RESTART", "no"),
+        ("vllm_gpu_port", 9000, "VLLM_PORT", "9000"),
+        ("gpu_device_id", 1, "GPU_DEVICE_ID", "1"),
+    ],
+)
+def test_what_the_role_makes_of_a_variable(variable: str, value: object, key: str, text: str) -> None:
+    assert rendered("{{ __vllm_gpu_env }}", **{variable: value})[key] == text
+
+
+def test_every_variable_that_a_message_names_exists() -> None:
+    for path in (ROOT / "plugins/module_utils").glob("*.py"):
+        named = set(re.findall(r"\bvllm_gpu_(?!\W)\w+", path.read_text(encoding="utf-8")))
+        assert named - DEFAULTS.keys() == set(), path.name
+    assert {*settings.VARIABLES.values()} <= DEFAULTS.keys()
+    decided = {**VARS["__vllm_gpu_env"], **SECRETS}
+    assert {*settings.VARIABLES} == decided.keys() - {"COMPOSE_PROJECT_NAME"}
+    for key, name in settings.VARIABLES.items():
+        assert name == SECRETS.get(key) or name == variable_of(key)
 
 
 def test_the_env_that_compose_reads_is_the_one_in_the_root() -> None:
@@ -173,10 +272,8 @@ def test_the_env_that_compose_reads_is_the_one_in_the_root() -> None:
 
 def test_names_that_stand_in_code_and_in_yaml_agree() -> None:
     service = yaml.safe_load(COMPOSE)["services"]
-    assert list(service) == [server.SERVICE]
-    assert service[server.SERVICE]["container_name"] == server.CONTAINER
-    for tasks in ("deploy.yml", "start_proven.yml", "teardown.yml"):
-        assert server.COMPOSE_FILE in (ROLE / "tasks" / tasks).read_text(encoding="utf-8")
+    assert list(service) == [compose.SERVICE]
+    assert service[compose.SERVICE]["container_name"] == server.CONTAINER
 
 
 def test_versions_agree() -> None:
@@ -185,8 +282,6 @@ def test_versions_agree() -> None:
     newest = re.search(r"^## (\S+)", changelog, re.MULTILINE)
     assert newest
     assert newest[1] == galaxy["version"]
-    (required,) = load("requirements.yml")["collections"]
-    assert galaxy["dependencies"] == {required["name"]: required["version"]}
 
 
 def test_the_page_of_faults_has_every_row_of_the_matrix() -> None:
@@ -226,9 +321,8 @@ def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> 
         task
         for path in sorted((ROLE / "tasks").glob("*.yml"))
         for task in tasks(load(str(path.relative_to(ROOT))))
-        if "community.docker.docker_compose_v2" in task
-        or "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
+        if "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
         or "__vllm_gpu_command" in str(task.get("ansible.builtin.command"))
     ]
-    assert len(callers) == 7
+    assert len(callers) == 2
     assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from fleet.processes import kill_tree
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost, kill_tree
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
 
 MATRIX = ROOT / "tests/faults"
 FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
@@ -128,6 +129,13 @@ def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], 
     return run
 
 
+def engine_away(host: GpuHost) -> None:
+    """As an upgrade of the engine's package does."""
+    gpuhost("engine", host.name, "stop")
+    time.sleep(8)
+    gpuhost("engine", host.name, "start")
+
+
 def kill(_host: GpuHost) -> None:
     """Stands for SIGKILL to the whole play."""
 
@@ -152,6 +160,19 @@ def served_then_verified(host: GpuHost, variables: dict[str, object]) -> Result:
         if result.code:
             return result
         time.sleep(0.5)
+    return result
+
+
+def served_then_healthy(host: GpuHost, variables: dict[str, object]) -> Result:
+    """The play, and what the engine's own health check says afterwards."""
+    result = play(host, variables)
+    ask = "docker inspect --format '{{.State.Health.Status}}' vllm-server"
+    for _ in range(60):
+        health = host.look.check_output(ask)
+        if health != "starting":
+            break
+        time.sleep(0.5)
+    assert health == "healthy", result.output
     return result
 
 
@@ -189,37 +210,37 @@ ROWS = [
     Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
         cure=engine_and_speed_back, serves="1"),
-    Row("no nvidia runtime", "The engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
+    Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
     Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
         cure=on_host("rm -rf ~/.docker/cli-plugins")),
-    Row("image not found", "is not there and could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
-    Row("image that its registry doesn't have", "can't be pulled: manifest unknown", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
+    Row("image not found", "the image vllm/vllm-openai:v0.99.0 could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
+    Row("image that its registry doesn't have", "could not be pulled: .*manifest unknown", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
         cure=on_host(NO_REGISTRY)),
     Row("image pull cut off", "could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
         variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host(NO_REGISTRY)),
-    Row("port taken by another program", "Port 9000 on 127.0.0.1 can't be listened on .*: python3", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
+    Row("port taken by another program", "Port 9000 on 127.0.0.1 is already in use by python3 .pid", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
-    Row("port taken by another container", "Port 9000 on 127.0.0.1 can't be listened on .*: container grafana does. Stop that container",
+    Row("port taken by another container", "Port 9000 on 127.0.0.1 is already in use by container grafana. Stop that container",
         on_host("docker run -d --name grafana -p 127.0.0.1:9000:3000 --entrypoint sleep vllm/vllm-openai:v0.32.0 600"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
     Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("bad model", "is not a valid model identifier", variables={"vllm_gpu_model": "acme/does-not-exist"}),
     Row("wrong flag", "unrecognized arguments", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
     Row("never healthy", "was not ready after 5 s", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("port never opens", "was not ready after 5 s", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("healthy but serving another model", "it serves acme/other, not Qwen/Qwen3-0.6B", fault("serve_as=acme/other"),
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
-        run=while_it_runs("Put the last proven files back", fault("--clear"))),
-    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the last proven files back", fault("--clear"))),
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
     Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("crash_after=3"),
         run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
     Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("worker_dies_after=3"),
@@ -241,6 +262,25 @@ ROWS = [
     Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
     Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
+    Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": "pa$word-12345678"}, serves="1", changed=".env", succeeds=True),
+    Row("an option of the role's own in the extra arguments", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
+    Row("extra arguments that Compose would cut off", "Compose splits vllm_gpu_extra_args", variables={"vllm_gpu_extra_args": "--seed 3; --max-model-len 512"}),
+    Row("extra arguments that -e cuts off", '"--max-model-len 512" was given with -e, but belongs to no variable', run=lambda host, _: host.play("serve.yml", gpu_device_id=1, vllm_gpu_extra_args="--enforce-eager --max-model-len 512")),
+    Row("port 0", "vllm_gpu_port is 0; it must be a whole number from 1 to 65535", variables={"vllm_gpu_port": 0}),
+    Row("an address that the host doesn't have", "This host can't listen on 192.0.2.7", variables={"vllm_gpu_bind_address": "192.0.2.7"}),
+    Row("a training GPU that doesn't exist", 'names "01", but this host has no such GPU', variables={"vllm_gpu_training_gpus": ["01"]}),
+    Row("an environment variable that chooses the card", "CUDA_VISIBLE_DEVICES: gpu_device_id alone decides", variables={"vllm_gpu_env": {"CUDA_VISIBLE_DEVICES": "0"}}),
+    Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=fault("--clear")),
+    Row("an API that answers a byte at a time", "no whole answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
+        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+    Row("engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", engine_away), cure=fault("--clear"), serves="1", changed=".env", succeeds=True),
+    Row("a proxy in Docker's configuration", SUCCESS, on_host("mkdir -p ~/.docker && echo '{\"proxies\": {\"default\": {\"httpProxy\": \"http://127.0.0.1:9\"}}}' >~/.docker/config.json"), run=served_then_healthy,
+        cure=on_host("rm ~/.docker/config.json"), serves="1", changed=".env", succeeds=True),
+    Row("a directory that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
+    Row("a record that others could write", "can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
+    Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
+    Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && chgrp ops .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}),
+    Row("bad model, and .env is a link", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && mv .env /root/linked && ln -s /root/linked .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}, cure=on_host(f"cd {DIRECTORY} && rm .env && mv /root/linked .env")),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
     Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
@@ -249,9 +289,11 @@ ROWS = [
 
 
 def digests(host: GpuHost) -> dict[str, str]:
-    """The service's files and their checksums."""
-    listing = host.look.run(f"cd {DIRECTORY} && md5sum {' '.join(FILES)}").stdout
-    return {line.split()[1]: line.split()[0] for line in listing.splitlines()}
+    """The service's files: their checksums, modes, owners, groups and where they link to."""
+    listing = host.look.run(
+        f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %F' $f) $(readlink $f); done"
+    ).stdout
+    return dict(line.split(" ", 1) for line in listing.splitlines())
 
 
 def baseline(host: GpuHost) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from fleet.processes import kill_tree
 
-from tests.gpu_host import ROOT, GpuHost, gpuhost, kill_tree
+from tests.gpu_host import ROOT, GpuHost, gpuhost
 
 NAMES = [f"fleet{number}" for number in range(1, 6)]
 Act = Callable[[subprocess.Popen[str]], object]

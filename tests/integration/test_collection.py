@@ -36,17 +36,7 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
 
     run("ansible-galaxy", "collection", "build", ROOT, "--output-path", tmp_path)
     (built,) = tmp_path.glob("mlops-vllm_gpu-*.tar.gz")
-    # Its dependency is there already, beside ansible-core.
-    run(
-        "ansible-galaxy",
-        "collection",
-        "install",
-        built,
-        "--no-deps",
-        "--offline",
-        "-p",
-        tmp_path / "collections",
-    )
+    run("ansible-galaxy", "collection", "install", built, "--offline", "-p", tmp_path / "collections")
     said = run(
         "ansible-playbook", "-i", clean_host.inventory, "mlops.vllm_gpu.serve", "-e", "gpu_device_id=1"
     )

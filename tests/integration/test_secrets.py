@@ -103,6 +103,31 @@ def test_the_api_key_is_asked_for(clean_host: GpuHost, vault: str) -> None:
     assert clean_host.serve(gpu_device_id=1).changed == 0
 
 
+def test_a_key_with_a_dollar_sign_means_itself(clean_host: GpuHost) -> None:
+    clean_host.serve("-e", '{"vllm_gpu_api_key": "pa$word-12345678"}', gpu_device_id=1)
+    # By hand, and not applied yet: the next run applies it, and keeps it.
+    clean_host.look.check_output(
+        f"sed -i \"s/^VLLM_API_KEY=.*/VLLM_API_KEY='\\$\\${{x}}by-hand-1234'/\" {DIRECTORY}/.env"
+    )
+    clean_host.serve(gpu_device_id=1)
+    models = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
+    assert clean_host.look.check_output(models) == "401"
+    assert clean_host.look.check_output(f"{models} -H 'Authorization: Bearer $${{x}}by-hand-1234'") == "200"
+    assert clean_host.serve(gpu_device_id=1).changed == 0
+
+
+def test_what_the_log_says_leaves_the_host_without_secrets_and_control_characters(served: GpuHost) -> None:
+    """The key is only in the host's .env: nobody has told it to the play."""
+    served.look.check_output(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={KEY}/ {DIRECTORY}/.env")
+    served.fault("log_secret=1", "log_escape=1", "health=503")
+    output = served.fail_to_serve("-vvvvv", gpu_device_id=1, vllm_gpu_start_timeout=5)
+    served.fault("--clear")
+    assert KEY not in output
+    assert "VLLM_API_KEY=********" in output
+    assert "owned" in output
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", output)
+
+
 def test_an_empty_key_removes_it(clean_host: GpuHost, vault: str) -> None:
     clean_host.serve("-e", vault, gpu_device_id=1)
     clean_host.serve(gpu_device_id=1, vllm_gpu_api_key="")

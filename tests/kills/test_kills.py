@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from fleet.processes import kill_tree
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost, kill_tree, running
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost, running
 
 ROUNDS = int(os.environ.get("KILLS") or 30)
 TABLE = ROOT / ".cache/kills.md"

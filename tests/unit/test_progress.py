@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -58,13 +59,13 @@ class Feed:
         self.task(host, "preflight", "server_info", **look(0))
         self.task(host, "remember", "server_info", **look(0, proven=True))
         self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "docker_compose_v2", changed=True)
+        self.task(host, "deploy", "server_up", changed=True)
         self.task(host, "deploy", "wait_for_server", **look(1, proven=True))
 
     def fail(self, host: str, *, back: bool) -> None:
         self.task(host, "preflight", "server_info", **look(0))
         self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "docker_compose_v2", changed=True)
+        self.task(host, "deploy", "server_up", changed=True)
         self.task(host, "deploy", "wait_for_server", "failed", msg="It died.")
         self.task(host, "restore", "server_record", changed=True)
         self.task(host, "start_proven", "wait_for_server", **look(0, proven=back))
@@ -83,7 +84,7 @@ def feed() -> Feed:
 @pytest.mark.parametrize(
     ("count", "sizes", "waves"),
     [(6, [1, "10%", "30%", "100%"], 4), (200, [1, "10%", "30%", "100%"], 4), (5, [1, 2], 3), (1, ["50%"], 1), (0, [1], 0),
-     (3, ["1"], 3)],
+     (3, ["1"], 3), (5, [0], 1), (5, [1, -1], 2), (5, ["0%"], 5)],
 )  # fmt: skip
 def test_how_many_waves_serial_makes(count: int, sizes: list[object], waves: int) -> None:
     assert waves_of(count, sizes) == waves
@@ -141,6 +142,22 @@ def test_refused_and_unreachable_before_anything(feed: Feed) -> None:
         "c": "untouched",
     }
     assert feed.rollout.outcome() == "refused"
+
+
+def test_secrets_that_are_known_stay_out(feed: Feed) -> None:
+    secret = "sk-planted-71c2d9"
+    feed.rollout.secrets = [secret]
+    feed.play()
+    state = look(
+        0, changes=[f"VLLM_MODEL: {secret}"], referee={"processes": [], "message": secret, "verdict": "ok"}
+    )
+    feed.task("a", "preflight", "server_info", **state)
+    feed.task("a", "preflight", "fail", "failed", msg=f"A log says {secret}", module_stderr=secret)
+    feed.task("b", "preflight", "server_info", "unreachable", msg=f"ssh: {secret}")
+    hosts = feed.rollout.hosts
+    assert hosts["a"].changes == ["VLLM_MODEL: (hidden)"]
+    assert str(hosts["a"].error).startswith("A log says (hidden)\n(hidden)\n")
+    assert secret not in json.dumps(feed.rollout.report())
 
 
 def test_a_host_where_no_module_runs_says_why(feed: Feed) -> None:

@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from fleet import report as reports
+from fleet.text import visible_in
 
 from tests.example_report import OUTCOMES, example
 
@@ -22,8 +23,10 @@ FORMS = ("report.json", "report.html", "report.xml")
 # What a host can put into a name, an error, the name of a card.
 MARKUP = """<script>alert(1)</script><img src=x onerror=alert(1)>"' --></style></title>]]>&amp;{{ 7 * 7 }}"""
 CONTROL = "\x00\x08\x1b[31m\x7f\x9b\u202e\ud800\ufffe"
+WRITTEN_OUT = r"\x00\x08\x1b[31m\x7f\x9b\u202e\ud800\ufffe"
 READABLE = "Größe 東京 🚀 a\u2028b"
 HOSTILE = MARKUP + CONTROL + READABLE
+SEEN = MARKUP + WRITTEN_OUT + READABLE
 
 
 class Page(HTMLParser):
@@ -138,17 +141,14 @@ def test_hostile_text_stays_text_in_html() -> None:
         assert len(page.all(tag)) == len(clean.all(tag)), tag
     assert page.text["script"] == clean.text["script"]
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    # What can be read is read as it was sent; what can't is a box.
+    # What can be read is read as it was sent; what can't is written out.
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ufffe]", content)
-    seen = (
-        MARKUP + "".join(one if one in "[31m" else "\N{REPLACEMENT CHARACTER}" for one in CONTROL) + READABLE
-    )
     host = example(12)["hosts"][0]
     rows = " ".join(page.text["tr"])
     for text in (host["name"], host["after"]["uuid"], host["verdict"], host["message"]):
-        assert text + seen in rows
-    assert seen in page.text["header"][0]
-    assert {f"{one['name']}{seen}" for one in example(12)["hosts"] if one["wave"]} == {
+        assert text + SEEN in rows
+    assert SEEN in page.text["header"][0]
+    assert {f"{one['name']}{SEEN}" for one in example(12)["hosts"] if one["wave"]} == {
         one["data-host"] for one in page.all("g")
     }
 
@@ -156,13 +156,13 @@ def test_hostile_text_stays_text_in_html() -> None:
 def test_hostile_text_stays_text_in_json_and_xml() -> None:
     report = spoiled(example(12))
     content = reports.as_json(report)
-    assert json.loads(content) == report
+    assert json.loads(content) == visible_in(report)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]|\\u00", content.decode())
     assert READABLE.encode() in content
     root = ET.fromstring(reports.as_junit(report))  # noqa: S314 - our own
-    seen = MARKUP + "[31m\x7f\x9b\u202e" + READABLE
     names = [case.get("name") for case in root.iter("testcase")]
-    assert sorted(map(str, names)) == sorted(f"{one['name']}{seen}" for one in example(12)["hosts"])
-    assert all(str(failure.text).endswith(seen) for failure in root.iter("failure"))
+    assert sorted(map(str, names)) == sorted(f"{one['name']}{SEEN}" for one in example(12)["hosts"])
+    assert all(str(failure.text).endswith(SEEN) for failure in root.iter("failure"))
 
 
 def test_the_policy_lets_in_only_what_is_ours() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight, server, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    container,
+    dotenv,
+    preflight,
+    server,
+    shell,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from tests.wanted import COMPOSE, wanted
 
 UUIDS = ["GPU-5090a1c4-3f0e-4b7d-9a52-6e1d70c8b2f3", "GPU-5060b7e9-81d2-4c6f-b03a-2d94f5a7c1e8"]
 GPUS: list[dict[str, Any]] = [
@@ -58,83 +65,30 @@ def test_everything_else_is_refused_with_the_choice(requested: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("found", "judged", "fine"),
     [
-        (["org/model", "--port", "8000"], ["org/model"]),
-        (["org/model", "--served-model-name", "a", "b", "--port", "1"], ["a", "b"]),
-        (["org/model", "--served-model-name=a"], ["a"]),
-        (["org/model", "--served_model_name", "a", "-tp", "1"], ["a"]),
-        (["org/model", "--served-model-name", "a", "--served-model-name", "b"], ["b"]),
-        (["/models/tiny"], ["/models/tiny"]),
+        (None, None, True),
+        (None, "c1", False),
+        ({"id": "c1", "status": "running"}, "c1", True),
+        ({"id": "c2", "status": "running"}, "c1", False),
+        # One that came after the referee had seen none: it is not proven, and no problem of the host.
+        ({"id": "c1", "status": "running"}, None, True),
+        ({"id": "c1", "status": "paused"}, "c1", False),
     ],
 )
-def test_served_names(arguments: list[str], names: list[str]) -> None:
-    assert server.served_names({"command": arguments}) == names
-
-
-@pytest.mark.parametrize(
-    ("port", "url"),
-    [
-        ({"published": "8000", "host_ip": "127.0.0.1"}, "http://127.0.0.1:8000"),
-        ({"published": "9000"}, "http://127.0.0.1:9000"),
-        ({"published": "9000", "host_ip": "0.0.0.0"}, "http://127.0.0.1:9000"),
-        ({"published": "9000", "host_ip": "10.0.0.5"}, "http://10.0.0.5:9000"),
-        ({"published": "9000", "host_ip": "::"}, "http://[::1]:9000"),
-    ],
-)
-def test_where_the_api_answers(port: dict[str, str], url: str) -> None:
-    assert server.base_url({"ports": [port]}) == url
-
-
-def test_what_compose_says_of_an_env_file_is_not_quoted() -> None:
-    said = 'failed to read /proc/7/fd/4: line 12: unexpected character "\'" in variable name "s3cr3t"'
-    explained = server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
-    assert explained == "/opt/vllm-gpu/.env can't be read by Compose: look at line 12 of it."
-    said = 'failed to read /proc/7/fd/4: Invalid template: "s3cr3t${x"'
-    explained = server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
-    assert explained == "/opt/vllm-gpu/.env can't be read by Compose: a value with a $ needs single quotes."
-    said = "required variable b is missing: s3cr3t-value"
-    explained = server.explain_compose(said, "/proc/7/fd/4", b"A='s3cr3t-value'\n", "/opt/vllm-gpu")
-    assert (
-        explained
-        == "Compose refuses the configuration for /opt/vllm-gpu: required variable b is missing: (hidden)"
-    )
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "docker: 'compose' is not a docker command.",
-        "unknown shorthand flag: 'f' in -f",
-        "unknown flag: --file",
-    ],
-)
-def test_a_missing_plugin_is_named(said: str) -> None:
-    assert "no Compose plugin" in server.explain_compose(said, "/proc/7/fd/4", b"", "/opt/vllm-gpu")
-
-
-def test_a_secret_that_could_not_be_hidden_is_refused() -> None:
-    """Ansible blacks it out of whatever a module says, the image's name in the record included."""
-    wanted = {
-        "project_dir": "/opt/vllm-gpu",
-        "env": {"VLLM_IMAGE": "vllm/vllm-openai:v0.32.0"},
-        "secrets": {},
-    }
-    for key, weak in (("sk-0123456789", False), ("", False), ("test", True), ("vllm-openai", True)):
-        wanted["secrets"] = {"VLLM_API_KEY": key}
-        assert server.weak_secrets(wanted) == (["VLLM_API_KEY"] if weak else [])
-
-
-def test_a_container_that_vanishes_during_a_look_is_no_container_that_is_not_there() -> None:
-    nothing = {"code": 3, "cause": "no_such_container"}
-    server.check_container(None, nothing)
-    for seen in (
-        {"code": 0, "cause": None},
-        {"code": 1, "cause": "wrong_gpu"},
-        {"code": 3, "cause": "no_process_yet"},
+def test_the_container_that_is_inspected_is_the_one_that_was_judged(
+    found: dict[str, Any] | None,
+    judged: str | None,
+    fine: bool,  # noqa: FBT001
+) -> None:
+    with (
+        contextlib.nullcontext()
+        if fine
+        else pytest.raises(
+            server.Problem, match=r"replaced or removed while it was being checked|docker unpause"
+        )
     ):
-        with pytest.raises(server.Problem, match="was there a moment ago"):
-            server.check_container(None, seen)
+        server.check_container(found, {"container_id": judged})
 
 
 @pytest.mark.parametrize(
@@ -147,51 +101,17 @@ def test_a_compose_file_that_somebody_has_rewritten_is_named(service: dict[str, 
         server.check_service(service)
 
 
-def test_ports_that_somebody_else_has_published_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = {
-        "id": "c1", "state": {"Status": "running", "ExitCode": 0, "StartedAt": "2026-01-01T00:00:00Z"}, "image_id": "i",
-        "image": "i", "stop_timeout": None, "labels": None, "restarts": 0, "requests": None,
-        "ports": {"80/tcp": [{"HostPort": ""}], "81/tcp": None, "82/tcp": [{"HostPort": "9000"}, {"HostPort": "1-2"}]},
-    }  # fmt: skip
-    monkeypatch.setattr(shell, "run", lambda _argv: shell.Output(0, json.dumps(raw), ""))
-    container = server.inspect_container()
-    assert container is not None
-    assert container["ports"] == [9000]
-
-
-def test_a_server_that_answers_health_and_then_nothing_is_not_judged_by_that(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def get(url: str, _key: str) -> tuple[int, bytes]:
-        if url.endswith("/health"):
-            return 200, b""
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(server, "_get", get)
-    api = server.probe_api({"command": ["m"], "ports": [{"published": "8000"}]}, placed=True)
-    assert (api["healthy"], api["error"]) == (False, "no answer from http://127.0.0.1:8000 (timed out)")
-
-
-@pytest.mark.parametrize("body", [b"{}", b"[]", b"hello"])
-def test_an_answer_that_is_no_list_of_models_is_one(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
-    """So that nobody waits for a program that will never say anything else."""
-    monkeypatch.setattr(server, "_get", lambda *_: (200, body))
-    api = server.probe_api({"command": ["m"], "ports": [{"published": "8000"}]}, placed=True)
-    assert api["healthy"]
-    assert api["error"].startswith("/v1/models answers with no list of models")
-
-
 @pytest.mark.parametrize(("finds", "problems"), [([["a", "b"], ["b"]], ["b"]), ([["a"], []], []), ([[]], [])])
 def test_only_what_two_looks_find_stands_in_the_way(
     monkeypatch: pytest.MonkeyPatch, finds: list[list[str]], problems: list[str]
 ) -> None:
     """What changes between two reads of one look, as a server that dies, is no problem of the host."""
     monkeypatch.setattr(server, "read_cards", lambda *_: None)
-    monkeypatch.setattr(server, "compare_files", lambda _: [])
-    monkeypatch.setattr(server, "read_service", lambda *_: ({}, "hash"))
+    monkeypatch.setattr(
+        server, "read_files", lambda *_, **__: server.Judged({"command": ["m"]}, "hash", None)
+    )
     monkeypatch.setattr(preflight, "problems", lambda *_: iter(finds.pop(0)))
-    wanted = {"project_dir": "/nowhere", "env": {}, "secrets": {}}
-    assert server.read("1", wanted, preflight=True)["problems"] == problems
+    assert server.read("1", wanted(), preflight=True)["problems"] == problems
     assert finds == []
 
 
@@ -212,28 +132,111 @@ def test_nothing_of_a_command_goes_through_a_shell() -> None:
 
 
 def test_changes_are_told_without_secrets() -> None:
-    wanted = {"env": {"GPU_DEVICE_ID": "1", "VLLM_PORT": "8000"}, "secrets": {"VLLM_API_KEY": "new-s3cr3t"}}
-    before = b"GPU_DEVICE_ID=0\nVLLM_PORT=8000\nVLLM_API_KEY=old-s3cr3t\n"
-    after = before.replace(b"ID=0", b"ID=1").replace(b"old", b"new")
-    change = server.FileChange("/opt/vllm-gpu/.env", before, after, 0o600, differs=True)
-    assert server.describe_changes([change], wanted) == ["GPU 0 → 1", "VLLM_API_KEY changes"]
+    one = wanted(
+        env={"GPU_DEVICE_ID": "1", "VLLM_PORT": "8000"},
+        server_env={"HF_HUB_OFFLINE": 1, "SAME": "x"},
+        secrets={"VLLM_API_KEY": "new-s3cr3t"},
+        secret_env={"MINE": "mine-s3cr3t"},
+    )
+    before = b"GPU_DEVICE_ID=0\nVLLM_PORT=8000\nVLLM_API_KEY=old-s3cr3t\nSAME='x'\nGONE=gone-s3cr3t\nMINE=\n"
+    change = server.FileChange("/opt/vllm-gpu/.env", before, b"GPU_DEVICE_ID=1\n", 0o600, differs=True)
+    told = server.describe_changes([change], one)
+    assert told[:4] == ["GPU 0 → 1", "HF_HUB_OFFLINE (unset) → 1", "VLLM_API_KEY changes", "MINE changes"]
+    assert "GONE is removed" in told
+    assert "s3cr3t" not in "".join(told)
+
+
+def test_an_installation_of_the_earlier_project_keeps_its_volumes() -> None:
+    assert server.env_keys(None, wanted()).get("VLLM_VOLUME_PREFIX") is None
+    assert server.env_keys(b"COMPOSE_PROJECT_NAME=vllm\n", wanted())["VLLM_VOLUME_PREFIX"] == "vllm"
+    moved = b"COMPOSE_PROJECT_NAME=vllm\nVLLM_VOLUME_PREFIX=mine\n"
+    assert "VLLM_VOLUME_PREFIX" not in server.env_keys(moved, wanted())
+    assert "VLLM_VOLUME_PREFIX" not in server.env_keys(b"COMPOSE_PROJECT_NAME=vllm-gpu\n", wanted())
+
+
+def installed(folder: Path, one: dict[str, Any]) -> None:
+    """Write the files as the role does."""
+    for change in server.compare_files(one):
+        Path(change.path).write_bytes(change.after)
+        Path(change.path).chmod(change.mode)
+    assert [change.differs for change in server.compare_files(one)] == [False, False, False]
+    assert folder.is_dir()
+
+
+def test_what_the_server_is_no_longer_given_leaves_env_and_what_was_the_users_stays(tmp_path: Path) -> None:
+    given = COMPOSE.replace("    environment:\n", "    environment:\n      A:\n      B:\n")
+    installed(
+        tmp_path,
+        wanted(project_dir=str(tmp_path), compose=given, server_env={"A": "1"}, secret_env={"B": "2"}),
+    )
+    path = tmp_path / ".env"
+    path.write_bytes(path.read_bytes() + b"MINE=3\nHF_TOKEN=hf-0123\n")
+    (_compose, env, _referee) = server.compare_files(wanted(project_dir=str(tmp_path)))
+    values = dotenv.values(env.after)
+    assert {"A", "B"}.isdisjoint(values)
+    assert (values["MINE"], values["HF_TOKEN"]) == ("3", "hf-0123")
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        (b"GPU_DEVICE_ID=0\nHF_TOKEN=x\nVLLM_API_KEY=x\nMINE=1\nVLLM_VOLUME_PREFIX=x\n", None),
+        (b"HF_ENDPOINT=\n", None),
+        (b"#HF_ENDPOINT=x\n", None),
+        (b"HF_ENDPOINT=https://x\n", "HF_ENDPOINT in .env has no effect"),
+        (
+            b"HTTPS_PROXY=x\nno_proxy=y\nNCCL_DEBUG=z\n",
+            "HTTPS_PROXY, no_proxy, NCCL_DEBUG in .env have no effect",
+        ),
+        (b"CUDA_VISIBLE_DEVICES=$X\n", "CUDA_VISIBLE_DEVICES in .env has no effect"),
+    ],
+)
+def test_settings_that_reach_nobody_are_told(env: bytes, told: str | None) -> None:
+    def files(text: str) -> list[server.FileChange]:
+        return [
+            server.FileChange(f"/opt/x/{name}", content, content, 0o600, differs=False)
+            for name, content in ((server.COMPOSE_FILE, text.encode()), (server.ENV_FILE, env))
+        ]
+
+    notes = list(server.orphans(files(COMPOSE)))
+    assert [str(told) in note for note in notes] == [True] * bool(told)
+    passes = "".join(f"      {line.partition('=')[0]}:\n" for line in env.decode().splitlines())
+    passing = COMPOSE.replace("    environment:\n", f"    environment:\n{passes}")
+    assert list(server.orphans(files(passing))) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "unanswered"), [(container.Unanswered("away"), True), (server.Problem("no"), False)]
+)
+def test_an_engine_that_is_away_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    unanswered: bool,  # noqa: FBT001
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    for name, after in (("read_cards", "read_files"), ("read_files", "read_cards")):
+        with monkeypatch.context() as patch:
+            patch.setattr(server, name, fail)
+            patch.setattr(server, after, lambda *_, **__: server.Judged({}, "", None))
+            state = server.read("1", wanted(project_dir="/nowhere"))
+            assert (state["unanswered"], state["problems"]) == (unanswered, [str(error)])
+            assert not state["proven"]
+
+
+def test_values_that_are_refused_are_told_with_what_the_host_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Compose isn't asked about them."""
+    monkeypatch.setattr(server, "read_cards", lambda *_: None)
+    monkeypatch.setattr(server, "read_files", lambda *_, **__: pytest.fail("asked"))
+    state = server.read("1", wanted(project_dir="/nowhere", VLLM_PORT="0", extra_args="--port 1"))
+    assert [one.split()[0] for one in state["problems"]] == ["vllm_gpu_port", "vllm_gpu_extra_args"]
 
 
 def test_a_file_with_another_mode_differs(tmp_path: Path) -> None:
-    wanted = {
-        "project_dir": str(tmp_path),
-        "compose": "services: {}\n",
-        "referee": "#!/bin/bash\n",
-        "env_example": "# example\nGPU_DEVICE_ID=0\n",
-        "env": {"GPU_DEVICE_ID": "0"},
-        "secrets": {},
-    }
-    files = server.compare_files(wanted)
+    one = wanted(project_dir=str(tmp_path))
+    files = server.compare_files(one)
     assert [change.differs for change in files] == [True, True, True]
-    for change in files:
-        with open(change.path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
-            stream.write(change.after)
-        Path(change.path).chmod(change.mode)
-    assert [change.differs for change in server.compare_files(wanted)] == [False, False, False]
+    installed(tmp_path, one)
     (tmp_path / ".env").chmod(0o644)
-    assert [change.differs for change in server.compare_files(wanted)] == [False, True, False]
+    assert [change.differs for change in server.compare_files(one)] == [False, True, False]

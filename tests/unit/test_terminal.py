@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from datetime import UTC, datetime
 
 import pytest
-from fleet.terminal import Pipe, Terminal, view_for
+from fleet.progress import Host, Rollout
+from fleet.terminal import Events, Lines, Pipe, Terminal, complain, view_for
 from rich.console import Console
 
 from tests.unit.test_progress import Feed
@@ -33,6 +37,54 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown()
     assert "a GPU 0 → GPU 1 configure" in text
     assert "0 of 3 hosts" in text
+
+
+NAME = "gpu[bold]\x1b]0;x\x07"
+SHOWN = r"gpu[bold]\x1b]0;x\x07"
+LOG = "first :smile: [red]\n\tsecond \x1b[2J\x9b31m \u202e"
+LINES = ["    first :smile: [red]", r"        second \x1b[2J\x9b31m \u202e"]
+
+
+def hostile() -> Rollout:
+    """A roll-out whose host has a log with control characters, and a name with some."""
+    rollout = Rollout([NAME], {"id": "x", "left_over": []})
+    at = datetime(2026, 11, 22, tzinfo=UTC)
+    rollout.hosts[NAME] = Host(NAME, wave=1, error=LOG, failed=True, started=at)
+    rollout.to_change = [NAME]
+    return rollout
+
+
+@pytest.mark.parametrize("kind", [Pipe, Terminal])
+def test_what_hosts_say_does_nothing_to_the_terminal(
+    kind: type[Lines], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout = hostile()
+    view = kind(rollout)
+    view.end(rollout.report())
+    view.check([], 0, list(rollout.hosts.values()))
+    view.on_host(rollout.hosts[NAME])
+    if isinstance(view, Terminal):
+        Console(width=120).print(view.render())
+    text = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert text.count(SHOWN) == (6 if kind is Terminal else 5)
+    lines = text.splitlines()
+    assert lines[lines.index(LINES[0]) + 1] == LINES[1]
+
+
+def test_events_hold_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    rollout = hostile()
+    view = Events(rollout)
+    view.on_host(rollout.hosts[NAME])
+    view.check([], 0, list(rollout.hosts.values()))
+    host, check = map(json.loads, capsys.readouterr().out.splitlines())
+    error = LOG.replace("\x1b", r"\x1b").replace("\x9b", r"\x9b").replace("\u202e", r"\u202e")
+    assert (host["name"], host["error"], check["refused"]) == (SHOWN, error, {SHOWN: error})
+
+
+def test_errors_hold_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    complain(NAME)
+    assert capsys.readouterr().err == f"{SHOWN}\n"
 
 
 def test_a_plan_says_what_changes_besides_the_card(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,8 +117,45 @@ def test_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was not ready after 60 s: API: no answer." in wait(monkeypatch, [look()])["msg"]
 
 
-def test_a_lost_connection_is_not_the_end_of_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: dict[str, Any] = {"lost": "Connection reset by peer"}
-    assert wait(monkeypatch, [look(), lost, lost, lost, look(), lost, look(proven=True)])["proven"]
+AWAY = wait_for_server._AWAY  # noqa: SLF001 - the limit is what it is about
+LOST: dict[str, Any] = {"lost": "Connection reset by peer"}
+UNANSWERED = look(unanswered=True, problems=["The Docker Engine can't be reached."])
+
+
+def away(one: dict[str, Any], seconds: int) -> list[dict[str, Any]]:
+    """So many seconds of it: a read every two."""
+    return [one] * (seconds // 2 + 1)
+
+
+@pytest.mark.parametrize("one", [LOST, UNANSWERED], ids=["connection", "engine"])
+def test_what_is_away_for_a_while_is_waited_for(monkeypatch: pytest.MonkeyPatch, one: dict[str, Any]) -> None:
+    looks = [look(), *away(one, AWAY), look(), *away(one, AWAY), look(proven=True)]
+    result = wait(monkeypatch, looks, timeout=30 * AWAY)
+    assert result["proven"]
+    assert result["elapsed"] > 2 * AWAY
+    # Also where it is away from the first read on, as on the way back.
+    assert wait(monkeypatch, [*away(one, AWAY), look(proven=True)])["proven"]
+    # Both in turn, as when a host restarts.
+    mixed = [LOST, UNANSWERED] * (AWAY // 4)
+    assert wait(monkeypatch, [look(), *mixed, look(proven=True)], timeout=30 * AWAY)["proven"]
+
+
+def test_a_connection_that_stays_away_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AnsibleConnectionFailure):
-        wait(monkeypatch, [look(), lost, lost, lost, lost, look(proven=True)])
+        wait(monkeypatch, [look(), *away(LOST, AWAY + 2), look(proven=True)])
+
+
+def test_an_engine_that_stays_away_ends_the_wait_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = wait(monkeypatch, [look(), *away(UNANSWERED, 3 * AWAY)], timeout=30 * AWAY)
+    assert result["failed"]
+    assert "The Docker Engine can't be reached." in result["msg"]
+    assert AWAY < result["elapsed"] <= 3 * AWAY
+
+
+def test_that_something_is_away_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(wait_for_server.display, "display", shown.append)
+    wait(monkeypatch, [look(proven=False), *away(UNANSWERED, 20), *away(LOST, 20), look(proven=True)])
+    assert [line for line in shown if "gives no answer" in line] == [
+        f"gpu01: waiting: the Docker Engine gives no answer; trying again for {AWAY} s"
+    ]

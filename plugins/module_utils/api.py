@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Ask the server's API: does it answer, and does it serve our model to those who have the key?"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import socket
+import threading
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+
+# For a whole answer, in seconds: a server that many clients fall upon at once may take some.
+DEADLINE = 10
+# No list of models is longer; bytes.
+_LIMIT = 4 * 2**20
+
+
+class Address(NamedTuple):
+    """Where the API answers as seen from the host itself."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The address as a person types it."""
+        return "http://{0}:{1}".format("[" + self.host + "]" if ":" in self.host else self.host, self.port)
+
+
+def address(service: Mapping[str, Any]) -> Address:
+    """Return where a service's API answers on this host; "any address" is asked by loopback."""
+    port = service["ports"][0]
+    host = ipaddress.ip_address(port.get("host_ip") or "127.0.0.1")
+    if host.is_unspecified:
+        host = ipaddress.ip_address("127.0.0.1" if host.version == 4 else "::1")
+    return Address(str(host), int(port["published"]))
+
+
+def served_names(service: Mapping[str, Any]) -> List[str]:
+    """Return the model names that the API must list, from the resolved command line."""
+    command = [str(word) for word in service["command"]]
+    return preflight.option(command, "--served-model-name") or command[:1]
+
+
+def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -> Tuple[int, bytes]:
+    """Return the status and the body of an answer that is whole within the deadline, and no longer than the limit.
+
+    Speaks to the server itself, never through a proxy, and follows no redirection.
+    """
+    connection = http.client.HTTPConnection(where.host, where.port, timeout=deadline)
+    connection.connect()
+    stream = connection.sock
+
+    # The socket's own timeout begins anew with each byte: an answer that drips would never end.
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
+
+    alarm = threading.Timer(deadline, hang_up)
+    alarm.daemon = True
+    alarm.start()
+    error: Optional[Exception] = None
+    try:
+        connection.request("GET", path, headers={"Authorization": "Bearer " + key} if key else {})
+        answer = connection.getresponse()
+        body = answer.read(_LIMIT + 1)
+    except (OSError, http.client.HTTPException) as problem:
+        error = problem
+    finally:
+        alarm.cancel()
+        connection.close()
+    if late.is_set():
+        raise TimeoutError("no whole answer to {0} within {1} s".format(path, deadline))
+    if error:
+        raise error
+    if len(body) > _LIMIT:
+        raise Problem("{0} answers with more than {1} MiB".format(path, _LIMIT // 2**20))
+    return answer.status, body
+
+
+def probe(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
+    """Return what the API says; `error` is None when every rung holds.
+
+    The rungs: /health (the engine lives), and, once it is `placed`, /v1/models
+    with our key (our model is the one served), and without it (the key is
+    really asked for).
+    """
+    where = address(service)
+    key = str((service.get("environment") or {}).get("VLLM_API_KEY") or "")
+    result: Dict[str, Any] = {"url": where.url, "healthy": False, "models": [], "error": None}
+    try:
+        code, _body = _get(where, "/health")
+        if code != 200:
+            raise Problem("/health answers {0}".format(code))
+        result["healthy"] = True
+        if not placed:
+            return dict(result, error="it answers, and is asked for its models once it is on its GPU")
+        code, body = _get(where, "/v1/models", key)
+        if code != 200:
+            raise Problem("/v1/models answers {0}{1}".format(code, " to the API key in .env" if key else ""))
+        result["models"] = [str(model["id"]) for model in json.loads(body)["data"]]
+        missing = [name for name in served_names(service) if name not in result["models"]]
+        if missing:
+            raise Problem("it serves {0}, not {1}".format(", ".join(result["models"]), ", ".join(missing)))
+        if key and _get(where, "/v1/models")[0] == 200:
+            raise Problem("/v1/models answers without the API key that .env sets")
+    except Problem as problem:
+        result["error"] = str(problem)
+    except (OSError, http.client.HTTPException) as error:
+        # Also where only /v1/models gave none: that says nothing about what is served.
+        result.update(healthy=False, error="no answer from {0} ({1})".format(where.url, error))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        result["error"] = "/v1/models answers with no list of models ({0})".format(error)
+    return result

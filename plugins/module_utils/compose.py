@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""What Compose makes of the service's files: it alone says what they mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+
+COMPOSE_FILE = "docker-compose.serving.yml"
+ENV_FILE = ".env"
+SERVICE = "vllm"
+# What the docker command needs of the user's environment: nothing that a compose file could name,
+# so that .env alone decides.
+_NEEDED = ("PATH", "HOME", "DOCKER_CONFIG", "XDG_RUNTIME_DIR", "TMPDIR")
+
+
+def environment() -> Dict[str, str]:
+    """Return the environment that Compose is called with."""
+    return {key: os.environ[key] for key in _NEEDED if key in os.environ}
+
+
+def _memory_file(content: bytes) -> int:
+    """Return a descriptor of a file that never touches the disk."""
+    descriptor = os.memfd_create("vllm_gpu")
+    os.write(descriptor, content)
+    return descriptor
+
+
+def resolve(
+    files: Mapping[str, bytes], project_dir: str, project: str, config_hash: Optional[str]
+) -> Tuple[Dict[str, Any], str]:
+    """Return the service as Compose itself resolves it, and its config hash.
+
+    The files need not be on the host yet: Compose reads them from memory. The
+    hash is the one that Compose puts on the container as a label, so "would
+    `up` recreate it?" is answered by Compose and not by a copy of its rules;
+    it is asked for only where `config_hash` doesn't tell it already.
+    """
+    descriptors = [_memory_file(files[COMPOSE_FILE]), _memory_file(files[ENV_FILE])]
+    try:
+        paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
+        base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
+        base += ["--file", paths[0], "--env-file", paths[1], "config"]
+        config = shell.run([*base, "--format", "json"], env=environment())
+        hashed = shell.run([*base, "--hash", SERVICE], env=environment()) if config_hash is None else None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    for output in filter(None, (config, hashed)):
+        if output.code != 0:
+            said = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
+            raise Problem(explain(said, project_dir))
+    if hashed:
+        config_hash = hashed.out.split()[-1]
+    # What it prints is meant to be read by Compose again: each $ is doubled.
+    service = json.loads(config.out.replace("$$", "$"))["services"][SERVICE]
+    return dict(service), str(config_hash)
+
+
+def passed_on(compose_file: bytes) -> Set[str]:
+    """Return the names of the variables that a compose file gives to the server as `.env` has them."""
+    block = re.search(rb"^    environment:\n((?: {6}.*\n)*)", compose_file, re.MULTILINE)
+    names = re.findall(rb"^ {6}(\w+):[ \t]*$", block.group(1), re.MULTILINE) if block else []
+    return {name.decode() for name in names}
+
+
+def named(compose_file: bytes) -> Set[str]:
+    """Return the keys of `.env` that a compose file uses at all."""
+    used = re.findall(rb"\$\{(\w+)", compose_file)
+    return passed_on(compose_file) | {name.decode() for name in used}
+
+
+def explain(said: str, project_dir: str) -> str:
+    """Return why Compose refused, with the cure where the cause was recognised."""
+    if re.search("is not a docker command|unknown shorthand flag|unknown flag", said):
+        return (
+            "Docker has no Compose plugin here (`docker compose version` fails). Install the package "
+            "docker-compose-plugin, docker-compose-v2 or docker-compose of your distribution, 2.18 or newer."
+        )
+    volume = re.search(r"undefined volume ([\w.-]+)", said)
+    if volume:
+        return (
+            "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
+            "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
+        )
+    cure = ""
+    if re.search(r"invalid (interpolation|template)", said, re.IGNORECASE):
+        cure = " A value with a $ needs single quotes."
+    if "invalid command line string" in said:
+        cure = " Give vllm_gpu_extra_args as a list, one word an element, and the model without quotes."
+    return "Compose can't use the configuration for {0}: {1}{2}".format(
+        project_dir, said or "no message", cure
+    )
+
+
+# Where a path or a volume is mounted, by its key in .env.
+_MOUNTS = {
+    "HF_CACHE": "/root/.cache/huggingface",
+    "VLLM_CACHE": "/root/.cache/vllm",
+    "VLLM_MODELS": "/models",
+}
+
+
+def command(wanted: Mapping[str, Any]) -> List[str]:
+    """Return the words that vLLM is to be started with."""
+    env, extra_args = wanted["env"], settings.words(wanted["extra_args"])
+    return [
+        env["VLLM_MODEL"], "--host", "0.0.0.0", "--port", "8000",  # noqa: S104 - inside the container
+        "--gpu-memory-utilization", env["VLLM_GPU_MEMORY_UTILIZATION"], *extra_args,
+    ]  # fmt: skip
+
+
+def contradictions(service: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where the resolved service is not what was requested, for example as a value held a quote."""
+    env = wanted["env"]
+    words, requested = [str(one) for one in service.get("command") or []], command(wanted)
+    if words != requested:
+        yield (
+            "vLLM would be started with the arguments {0}, not with {1}: Compose splits vllm_gpu_extra_args and "
+            "vllm_gpu_model otherwise. Give vllm_gpu_extra_args as a list, one word an element, and the model "
+            "without quotes.".format(shlex.join(words), shlex.join(requested))
+        )
+    if service.get("image") != env["VLLM_IMAGE"]:
+        yield "The image would be {0}, not {1}. Correct vllm_gpu_image.".format(
+            service.get("image"), env["VLLM_IMAGE"]
+        )
+    port = (service.get("ports") or [{}])[0]
+    found = (str(port.get("host_ip")), str(port.get("published")), port.get("target"))
+    if found != (env["VLLM_BIND_ADDRESS"].strip("[]"), env["VLLM_PORT"], 8000):
+        yield (
+            "The API would be published on {0}:{1}, not on {2}:{3}. Correct vllm_gpu_bind_address and "
+            "vllm_gpu_port.".format(*found[:2], env["VLLM_BIND_ADDRESS"], env["VLLM_PORT"])
+        )
+    mounts = {str(one.get("target")): str(one.get("source")) for one in service.get("volumes") or []}
+    for key, target in _MOUNTS.items():
+        if os.path.normpath(mounts.get(target, "")) != os.path.normpath(env[key]):
+            yield "{0} would be mounted at {1}, not {2}. Correct the path that {3} has.".format(
+                mounts.get(target, "Nothing"), target, env[key], key
+            )
+    environment_of = service.get("environment") or {}
+    for key, value in {**wanted["server_env"], **settings.secrets(wanted)}.items():
+        if str(environment_of.get(key) or "") != str(value):
+            yield "{0} would not reach the server as it was given. Use a value of one line.".format(key)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""What plays that were killed have left in the service's directory: half-written files, copies with secrets in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from typing import List
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
+
+# As record.write_whole() names a file until it is whole.
+_TEMPORARY = re.compile(r"\.vllm_gpu\.[a-z0-9_]{8}\Z")
+# A copy that earlier versions of acceptance.yml made.
+_KEPT = record.KEEP + ".kept"
+_LINKS = ("current", "previous")
+
+
+def _names(directory: str) -> List[str]:
+    return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+
+
+def leftovers(project_dir: str) -> List[str]:
+    """Return the paths of what killed plays have left there; what is proven, or the user's, is not among them."""
+    keep = os.path.join(project_dir, record.KEEP)
+    found = [
+        os.path.join(project_dir, name)
+        for name in _names(project_dir)
+        if _TEMPORARY.match(name) or name == _KEPT
+    ]
+    links = [os.path.join(keep, name) for name in _LINKS]
+    used = {os.readlink(link) for link in links if os.path.islink(link)}
+    for name in _names(keep):
+        path = os.path.join(keep, name)
+        if name in used:
+            found += [os.path.join(path, one) for one in _names(path) if _TEMPORARY.match(one)]
+        elif name.startswith("state.") or name.endswith(".new") or _TEMPORARY.match(name):
+            found.append(path)
+    return found
+
+
+def interrupted(project_dir: str) -> List[str]:
+    """Return the leftovers, and what a change that never ended has kept: the end of the next one removes that."""
+    before = os.path.join(project_dir, record.KEEP, record.BEFORE)
+    return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
+
+
+def remove(paths: List[str]) -> None:
+    """Remove files, links and directories; one that is gone already is no error."""
+    for path in paths:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""What leaves the host: no secret in it, and no control character that could drive a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import urllib.parse
+from typing import Any, Iterable, Iterator, List, Mapping, Set
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
+
+HIDDEN = "********"
+# Names of environment variables whose values nobody may see.
+SECRET_NAME = re.compile(
+    r"API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN\Z|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(\A|_)(KEY|AUTH)\Z",
+    re.IGNORECASE,
+)
+# A shorter value stands in anything; nobody could read what is left.
+_SHORTEST = 3
+_LOGIN = re.compile(r"//[^/@\s]*:([^/@\s]+)@")
+# C0 but tabs and line breaks, DEL and C1, what turns the direction of a text around, and half
+# characters, which no terminal and no JSON can take.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with control characters written out, as `\x1b`; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the secrets of an environment: of `names`, of names that say so, and passwords within a URL."""
+    named = set(names)
+    for key, value in environment.items():
+        text = str(value or "")
+        if key in named or SECRET_NAME.search(key):
+            yield text
+        yield from _LOGIN.findall(text)
+
+
+def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
+    """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
+    found = {str(one) for one in requested.values()}
+    for path in (".env", ".proven/current/.env", ".proven/previous/.env"):
+        with contextlib.suppress(OSError):
+            # A pipe in a file's place would keep us waiting.
+            descriptor = os.open(os.path.join(project_dir, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as stream:
+                found.update(secret_values(dotenv.texts(stream.read(2**20)), requested))
+    return found
+
+
+def spellings(secrets: Iterable[str]) -> List[str]:
+    """Return every form in which a program may print the secrets, the longest first."""
+    found: Set[str] = set()
+    for one in secrets:
+        if len(one) >= _SHORTEST:
+            found |= {one, repr(one)[1:-1], shlex.quote(one), one.replace("$", "$$")}
+            found |= {json.dumps(one, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
+            found |= {
+                urllib.parse.quote(one, safe="/"),
+                urllib.parse.quote(one, safe=""),
+                urllib.parse.quote_plus(one),
+            }
+    return sorted(found, key=len, reverse=True)
+
+
+def message(problem: Exception, project_dir: str) -> str:
+    """Return a module's message about what went wrong, as it may leave the host."""
+    return str(clean(str(problem), known(project_dir, {})))
+
+
+def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
+    """Return `value` with each text in it, however deep, safe to be shown."""
+    return _clean(value, spellings(secrets))
+
+
+def _clean(value: Any, hidden: List[str]) -> Any:
+    if isinstance(value, str):
+        for one in hidden:
+            value = value.replace(one, HIDDEN)
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _clean(one, hidden) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(one, hidden) for one in value]
+    return value

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Read only what nobody could have planted: files that root, or the user whom Ansible becomes, alone can change."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import stat
+from typing import List, NamedTuple, Optional, Tuple
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+
+# The largest file of the service that is read; they have some kilobytes.
+LARGEST = 1 << 20
+# As many links in a row as Linux itself follows.
+_MOST_LINKS = 40
+
+
+class Found(NamedTuple):
+    """A file as it was found."""
+
+    content: bytes
+    status: os.stat_result
+
+
+def check(path: str) -> str:
+    """Return where `path` leads to, each link on the way resolved.
+
+    Raises Problem, with the cure, where anybody else could change it, or a
+    directory or link on the way to it. What doesn't exist can't be planted yet.
+    """
+    at, sticky, left, links = "/", False, _parts(os.path.abspath(path)), 0
+    _check_entry(at, os.lstat(at))
+    while left:
+        at = os.path.join(at, left.pop(0))
+        try:
+            status = os.lstat(at)
+        except FileNotFoundError:
+            return os.path.join(at, *left)
+        except OSError as error:
+            raise Problem(unreadable(path, error)) from error
+        if stat.S_ISLNK(status.st_mode):
+            # Only its owner can replace it: the directory that it is in was checked.
+            if sticky and status.st_uid not in _trusted():
+                raise Problem(_planted(at, status))
+            links += 1
+            if links > _MOST_LINKS:
+                raise Problem(unreadable(path, OSError(errno.ELOOP, os.strerror(errno.ELOOP))))
+            target = os.path.join(os.path.dirname(at), os.readlink(at))
+            at, left, sticky = "/", _parts(os.path.normpath(target)) + left, False
+            continue
+        _check_entry(at, status)
+        sticky = bool(status.st_mode & stat.S_ISVTX)
+    return at
+
+
+def read(path: str, largest: int = LARGEST) -> Optional[Found]:
+    """Return the regular file at `path`, or None where there is none; Problem for what can't be trusted."""
+    try:
+        # What is no file, such as a FIFO, must not make the play wait.
+        descriptor = os.open(check(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Problem(unreadable(path, error)) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise Problem("{0} is not a regular file. Move it away.".format(path))
+    with os.fdopen(descriptor, "rb") as stream:
+        content = stream.read(largest + 1)
+    if len(content) > largest:
+        raise Problem(
+            "{0} is larger than {1} MiB, too large for what it should be. Move it away.".format(
+                path, largest >> 20
+            )
+        )
+    return Found(content, status)
+
+
+def unreadable(path: str, error: OSError) -> str:
+    """Return the message about a file that is there and can't be read."""
+    return "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
+
+
+def _parts(path: str) -> List[str]:
+    return [part for part in path.split("/") if part]
+
+
+def _trusted() -> Tuple[int, int]:
+    return 0, os.geteuid()
+
+
+def _check_entry(path: str, status: os.stat_result) -> None:
+    """Raise Problem where somebody else could change what is at `path`."""
+    mode = status.st_mode
+    # In a sticky directory, such as /tmp, nobody can replace what is another's.
+    sticky = stat.S_ISDIR(mode) and bool(mode & stat.S_ISVTX)
+    group = mode & stat.S_IWGRP and (status.st_gid != 0 or _has_acl(path))
+    if status.st_uid not in _trusted() or ((group or mode & stat.S_IWOTH) and not sticky):
+        raise Problem(_planted(path, status))
+
+
+def _has_acl(path: str) -> bool:
+    """Whether others than owner and group are named; the group's write bit then stands for them as well."""
+    try:
+        return "system.posix_acl_access" in os.listxattr(path)
+    except OSError:
+        return False
+
+
+def _planted(path: str, status: os.stat_result) -> str:
+    link = stat.S_ISLNK(status.st_mode)
+    return (
+        "{0} (owner {1}, group {2}, mode {3:04o}) can be changed by others than root, so what it says can't be trusted. "
+        "Check that it is what it should be, and run: {4}".format(
+            path,
+            status.st_uid,
+            status.st_gid,
+            stat.S_IMODE(status.st_mode),
+            ("chown -h root: {0}" if link else "chown root: {0} && chmod go-w {0}").format(shlex.quote(path)),
+        )
+    )

@@ -1,0 +1,215 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: MIT
+"""Ansible module: keep a host as it was found, and put it back."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: server_snapshot
+short_description: Keep a host as it was found before a change, and put it back when the change fails
+description:
+  - With O(state=taken), keeps the files of the service, the meaning of its images' names, and all that the Docker
+    Engine knows of its container, in C(.proven), which only root can read. Refuses where the container could not be
+    made again. Where a change was interrupted, what that one had kept stays, as the host was whole then.
+  - With O(state=restored), puts it all back, and waits for a Docker Engine that is being restarted. Starts nothing.
+  - With O(state=started), starts the container where it ran before and doesn't now.
+  - With O(state=dropped), forgets what was kept.
+author: vllm_gpu maintainers (@mlops)
+version_added: 0.2.0
+options:
+  state:
+    description: What to do.
+    type: str
+    choices: [taken, restored, started, dropped]
+    required: true
+  project_dir:
+    description: Directory of the Compose project on the host.
+    type: path
+    required: true
+  images:
+    description: Names of images whose meaning to keep, besides those of the container and of what was proven.
+    type: list
+    elements: str
+    default: []
+  proven:
+    description: Whether the server that runs is proven; for O(state=taken).
+    type: bool
+    default: false
+  force:
+    description: Refusals to override; V(irreversible) lets a container be replaced that could not be made again.
+    type: list
+    elements: str
+    default: []
+  lock:
+    description: The play, as M(mlops.vllm_gpu.server_lock) named it, that must hold the host's lock.
+    type: str
+attributes:
+  check_mode:
+    description: Does nothing.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Keep the host as it is
+  mlops.vllm_gpu.server_snapshot:
+    state: taken
+    project_dir: /opt/vllm-gpu
+    lock: "{{ __vllm_gpu_lock.run }}"
+"""
+
+RETURN = r"""
+interrupted:
+  description: When the change was started whose end this host never saw, and whose beginning is gone back to; or empty.
+  returned: for O(state=taken) and O(state=restored)
+  type: str
+restored:
+  description: What was put back.
+  returned: for O(state=restored)
+  type: list
+  elements: str
+removed:
+  description: What the change had made, and was removed.
+  returned: for O(state=restored) and O(state=dropped)
+  type: list
+  elements: str
+volumes:
+  description: Volumes that the change has made, and that stay.
+  returned: for O(state=restored)
+  type: list
+  elements: str
+existed:
+  description: Whether there was a container.
+  returned: for O(state=restored)
+  type: bool
+was_proven:
+  description: Whether the server was proven.
+  returned: for O(state=restored)
+  type: bool
+start:
+  description: Whether the container ran, and is to be started.
+  returned: for O(state=restored)
+  type: bool
+"""
+
+from typing import Any, Dict, Mapping
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, outgoing, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+
+# How long a Docker Engine may be away, as for a restart; seconds.
+_AWAY = 60
+
+
+def take(params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Keep the host as it is, unless it could not be put back."""
+    kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
+    reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
+    if reasons:
+        raise Problem(
+            "The server that is there could not be put back if the change failed: {0}. To replace it all the same, "
+            "set vllm_gpu_force: [irreversible].".format(", and ".join(reasons))
+        )
+    with lock.holding(params["lock"]):
+        snapshot.save(kept)
+    return {"changed": False, "interrupted": kept["interrupted"]}
+
+
+def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Put everything back; what can't be is reported in the end, all at once."""
+    kept = snapshot.load(params["project_dir"])
+    if kept is None:
+        raise Problem(
+            "Nothing was kept to go back to: {0} does not exist.".format(
+                snapshot.path_in(params["project_dir"])
+            )
+        )
+    # The files don't need the engine, and come back whatever has become of it.
+    with lock.holding(params["lock"], lock.STEP + _AWAY):
+        files = snapshot.restore_files(kept)
+    failed = list(files.failed)
+    made, start = snapshot.Outcome([], [], []), False
+    # The engine may go away once more, in the middle of it; what was done by then stays done.
+    for last in (False, True):
+        try:
+            snapshot.wait_for_engine(_AWAY)
+            with lock.holding(params["lock"]):
+                snapshot.restore_engine(kept, made)
+            start = snapshot.must_start(kept)
+            break
+        except container.Unanswered as problem:
+            if last:
+                failed.append(str(problem))
+    result = {
+        "restored": files.restored + made.restored,
+        "removed": files.removed + made.removed,
+        "existed": kept["container"] is not None,
+        "was_proven": kept["proven"],
+        "interrupted": kept["interrupted"],
+        "start": start,
+    }
+    failed += made.failed
+    if failed:
+        # Docker and the file system have a say in these.
+        msg = outgoing.message(Problem(" ".join(failed)), params["project_dir"])
+        return dict(result, failed=True, msg=msg)
+    return dict(
+        result, changed=bool(result["restored"] or result["removed"]), volumes=snapshot.new_volumes(kept)
+    )
+
+
+def start(params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Start the container where it ran before."""
+    kept = snapshot.load(params["project_dir"])
+    snapshot.wait_for_engine(_AWAY)
+    if kept is None or not snapshot.must_start(kept):
+        return {"changed": False}
+    snapshot.wait_for_memory()
+    with lock.holding(params["lock"]):
+        snapshot.start()
+    return {"changed": True}
+
+
+def drop(params: Mapping[str, Any]) -> Dict[str, Any]:
+    """Forget what was kept."""
+    with lock.holding(params["lock"]):
+        return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {
+                "type": "str",
+                "choices": ["taken", "restored", "started", "dropped"],
+                "required": True,
+            },
+            "project_dir": {"type": "path", "required": True},
+            "images": {"type": "list", "elements": "str", "default": []},
+            "proven": {"type": "bool", "default": False},
+            "force": {"type": "list", "elements": "str", "default": []},
+            "lock": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    if module.check_mode:
+        module.exit_json(changed=False)
+    do = {"taken": take, "restored": restore, "started": start, "dropped": drop}[module.params["state"]]
+    try:
+        result = do(module.params)
+    except Problem as problem:
+        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
+    except OSError as error:
+        module.fail_json(
+            msg="{0} could not be written: {1}.".format(
+                error.filename or module.params["project_dir"], error.strerror
+            )
+        )
+    if result.get("failed"):
+        module.fail_json(**result)
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Every playbook over no host fails, and says which group and which inventory it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
+EMPTY = {"all": {"children": {"vllm_gpu": {"hosts": {}}}}}
+OTHER = {"web": {"hosts": {"web01": None}}}
+HOSTS = {"vllm_gpu": {"hosts": {"gpu01": None, "gpu02": None}}, "web": {"hosts": {"web01": None}}}
+
+
+def play(
+    playbook: Path, inventory: object, folder: Path, *arguments: str, **exported: str
+) -> tuple[int, str]:
+    """Run a playbook on an inventory, as far as the names of its hosts; return its exit code and what it says."""
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory), encoding="utf-8")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("GPU_", "VLLM_", "HF_"))}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", "-i", folder / "hosts.yml", playbook, *arguments],
+        cwd=ROOT, env={**clean, **exported}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_there_are_playbooks() -> None:
+    assert {"serve", "verify", "teardown", "rollout"} <= {path.stem for path in PLAYBOOKS}
+
+
+@pytest.mark.parametrize(
+    "playbook", [*PLAYBOOKS, ROOT / "serve.yml"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_play_over_no_host_fails(playbook: Path, tmp_path: Path) -> None:
+    code, said = play(playbook, OTHER, tmp_path)
+    assert code != 0
+    assert f"No host is in the group vllm_gpu of the inventory that was read ({tmp_path}/hosts.yml)" in said
+    assert "Name the right inventory with -i" in said
+
+
+@pytest.mark.parametrize(
+    ("inventory", "arguments", "reason"),
+    [
+        (EMPTY, [], "No host is in the group vllm_gpu"),
+        ({}, [], "No host is in the group vllm_gpu"),
+        (HOSTS, ["--limit", "web"], "--limit web leaves no host of the group vllm_gpu"),
+        (
+            HOSTS,
+            ["--limit", "gpu0*:!vllm_gpu"],
+            "--limit gpu0*:!vllm_gpu leaves no host of the group vllm_gpu",
+        ),
+        (OTHER, ["--limit", "web"], "No host is in the group vllm_gpu"),
+    ],
+    ids=["empty group", "empty inventory", "limit", "limit without group"],
+)
+def test_no_host_is_left(inventory: object, arguments: list[str], reason: str, tmp_path: Path) -> None:
+    code, said = play(ROOT / "playbooks/verify.yml", inventory, tmp_path, *arguments)
+    assert code != 0
+    assert reason in said
+    assert "hosts.yml" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        ([], ["gpu01", "gpu02"]),
+        (["--limit", "gpu02"], ["gpu02"]),
+        (["--limit", "all:!gpu01"], ["gpu02"]),
+        (["--limit", "@{folder}/retry"], ["gpu01"]),
+    ],
+)
+def test_hosts_that_there_are_are_left(arguments: list[str], hosts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "retry").write_text("gpu01\n", encoding="utf-8")
+    words = [word.format(folder=tmp_path) for word in arguments]
+    code, said = play(ROOT / "playbooks/verify.yml", HOSTS, tmp_path, "--list-hosts", *words)
+    assert code == 0, said
+    assert f"hosts ({len(hosts)}): {' '.join(hosts)}" in said
+    assert "WARNING" not in said
+
+
+@pytest.mark.parametrize("name", ["GPU_DEVICE_ID", "VLLM_PORT", "HF_CACHE"])
+def test_a_setting_that_is_exported_is_told(name: str, tmp_path: Path) -> None:
+    code, said = play(
+        ROOT / "playbooks/serve.yml", HOSTS, tmp_path, "--list-hosts", **{name: "1", "GPU_X": "1"}
+    )
+    assert code == 0
+    assert f"{name} is exported here and has no effect" in said
+    assert "GPU_X" not in said
+
+
+@pytest.mark.parametrize(
+    ("pattern", "code"), [("web", 0), ("vllm_gpu:&web", 4), ("gpu0*", 0), ("nobody", 4), ("all:!vllm_gpu", 0)]
+)
+def test_another_pattern(pattern: str, code: int, tmp_path: Path) -> None:
+    own = [{"hosts": f"{{{{ lookup('mlops.vllm_gpu.serving_hosts', '{pattern}') }}}}", "gather_facts": False}]
+    (tmp_path / "own.yml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    found, said = play(tmp_path / "own.yml", HOSTS, tmp_path, "--list-hosts")
+    assert bool(found) == bool(code), said
+    assert (f"No host is in the group {pattern}" in said) == bool(code)

@@ -1,0 +1,216 @@
+"""What is removed, and whose it is; and a play that stalled, which must not remove or write anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result
+
+LOCK = "/run/vllm_gpu.lock"
+COMPOSE = "docker compose --file docker-compose.serving.yml --env-file .env"
+
+
+def tear_down(host: GpuHost, *arguments: str, **variables: object) -> Result:
+    """Tear down; the output in one line, as Ansible breaks it anywhere."""
+    result = host.play("playbooks/teardown.yml", *arguments, **variables)
+    return Result(result.code, " ".join(result.output.split()))
+
+
+def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
+    served.look.check_output(f"touch {DIRECTORY}/mine; printf '# mine\\nMY_KEY=1\\n' >> {DIRECTORY}/.env")
+    before = (served.container(), served.files())
+    planned = tear_down(served, "--check")
+    assert planned.code == 0, planned.output
+    assert (
+        f"Would be removed: the container vllm-server, {DIRECTORY}/docker-compose.serving.yml"
+        in planned.output
+    )
+    assert f"MY_KEY in {DIRECTORY}/.env" in planned.output.partition("Would be kept")[2]
+    assert (served.container(), served.files()) == before
+
+    done = tear_down(served)
+    assert done.code == 0, done.output
+    kept = done.output.partition("Kept: ")[2]
+    for one in ("volume vllm-gpu_huggingface-cache", f"MY_KEY in {DIRECTORY}/.env", f"{DIRECTORY}/mine"):
+        assert one in kept
+    assert served.container() == ""
+    assert served.look.check_output(f"ls -A {DIRECTORY}").split() == [".env", "mine"]
+    assert served.look.check_output(f"cat {DIRECTORY}/.env") == "MY_KEY=1"
+    assert served.look.file(f"{DIRECTORY}/.env").mode == 0o600
+    assert "vllm-gpu_huggingface-cache" in served.look.check_output("docker volume ls -q")
+    assert "vllm" not in served.look.check_output("docker network ls")
+
+    again = tear_down(served)
+    assert (again.code, again.changed) == (0, 0)
+    assert "There was nothing to remove" in again.output
+    served.look.check_output(f"rm -r {DIRECTORY}")
+
+
+def test_nothing_is_left_where_nothing_is_the_users(served: GpuHost) -> None:
+    served.serve(
+        "-e", json.dumps({"vllm_gpu_secret_env": {"ACME_LICENSE_KEY": "planted-9d1f"}}), gpu_device_id=1
+    )
+    # A later inventory doesn't know that key any more.
+    result = tear_down(served)
+    assert result.code == 0, result.output
+    assert served.container() == ""
+    assert not served.look.file(DIRECTORY).exists
+    assert served.look.run("grep -rl planted-9d1f /opt /run /tmp /root --exclude=env").stdout == ""
+
+
+def test_a_server_whose_files_are_gone_is_removed(served: GpuHost) -> None:
+    served.look.check_output(f"rm -r {DIRECTORY}")
+    assert tear_down(served).code == 0
+    assert served.container() == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_a_server_of_another_directory_is_left_alone(served: GpuHost, arguments: list[str]) -> None:
+    served.look.check_output("mkdir -p /opt/elsewhere; echo HF_TOKEN=mine > /opt/elsewhere/.env")
+    before = (served.container(), served.files())
+    result = tear_down(served, *arguments, vllm_gpu_project_dir="/opt/elsewhere")
+    assert result.code != 0
+    assert f"It was started from {DIRECTORY}, not from /opt/elsewhere" in result.output
+    assert (served.container(), served.files()) == before
+    # Where no server runs at all, a `.env` that the role never wrote is nobody's to remove either.
+    served.look.check_output("docker rm --force vllm-server")
+    result = tear_down(served, vllm_gpu_project_dir="/opt/elsewhere")
+    assert (result.code, result.changed) == (0, 0)
+    assert "There was nothing to remove" in result.output
+    assert served.look.check_output("cat /opt/elsewhere/.env; rm -r /opt/elsewhere") == "HF_TOKEN=mine"
+
+
+@pytest.mark.parametrize("label", ["", "--label com.docker.compose.project=chat"])
+def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost, label: str) -> None:
+    clean_host.look.check_output(
+        f"docker run --detach --name vllm-server {label} --entrypoint sleep vllm/vllm-openai:v0.32.0 600"
+    )
+    before = clean_host.container()
+    try:
+        result = tear_down(clean_host)
+        assert result.code != 0
+        assert "is not the server of" in result.output
+        assert clean_host.container() == before
+    finally:
+        clean_host.look.check_output("docker rm --force vllm-server")
+
+
+def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None:
+    served.look.check_output(
+        "docker run --detach --name chat-db --label com.docker.compose.project=vllm-gpu --network vllm-gpu_default "
+        "--entrypoint sleep vllm/vllm-openai:v0.32.0 3600"
+    )
+    try:
+        result = tear_down(served)
+        assert result.code == 0, result.output
+        assert served.look.check_output("docker inspect --format '{{.State.Running}}' chat-db") == "true"
+        assert "vllm-gpu_default" in served.look.check_output("docker network ls")
+        assert served.container() == ""
+    finally:
+        served.look.check_output("docker rm --force chat-db; docker network rm vllm-gpu_default")
+
+
+def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) -> None:
+    before = served.files()
+    served.look.check_output("mv /var/run/docker.sock /var/run/away.sock")
+    try:
+        result = tear_down(served)
+    finally:
+        served.look.check_output("mv /var/run/away.sock /var/run/docker.sock")
+    assert result.code != 0
+    assert "The Docker Engine can't be reached" in result.output
+    assert served.files() == before
+
+
+def test_an_installation_of_the_earlier_project_moves_over_once(served: GpuHost) -> None:
+    served.look.check_output(
+        f"cd {DIRECTORY} && docker rm --force vllm-server && rm -r .proven && "
+        "sed -i 's/^COMPOSE_PROJECT_NAME=.*/COMPOSE_PROJECT_NAME=vllm/; /^VLLM_VOLUME_PREFIX/d' .env && "
+        f"VLLM_VOLUME_PREFIX=vllm {COMPOSE} --project-name vllm up --detach && docker volume ls"
+    )
+    assert served.look.check_output("docker network ls").count("vllm_default") == 1
+    served.serve(gpu_device_id=0)
+    project = '{{index .Config.Labels "com.docker.compose.project"}} {{range .Mounts}}{{.Name}} {{end}}'
+    said = served.look.check_output(f"docker inspect --format '{project}' vllm-server").split()
+    assert (said[0], set(said[1:])) == (
+        "vllm-gpu", {"vllm_huggingface-cache", "vllm_vllm-cache", "vllm_vllm-models"}
+    )  # fmt: skip
+    assert "vllm_default" not in served.look.check_output("docker network ls")
+    assert served.serve(gpu_device_id=0).changed == 0
+
+
+def tree(pid: int) -> list[int]:
+    """Return a process with all that it has started; each stands still from here on."""
+    found = [pid]
+    for one in found:  # which grows meanwhile
+        with contextlib.suppress(OSError):
+            os.kill(one, signal.SIGSTOP)
+            for thread in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (thread / "children").read_text(encoding="ascii").split())
+    return found
+
+
+@contextlib.contextmanager
+def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A serve.yml onto GPU 1 that stands still at a task for longer than its lease; it goes on, and ends, with the block."""
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            ["ansible-playbook", "serve.yml", "-e", "gpu_device_id=1"],
+            cwd=ROOT, env=host.environment, stdout=output, stderr=subprocess.STDOUT,
+        ) as play,
+    ):  # fmt: skip
+        while moment not in log.read_text(encoding="utf-8"):
+            assert play.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(0.01)
+        standing = tree(play.pid)
+        # The time that it would take for the lease to lapse.
+        host.look.check_output(
+            f"python3 -c \"import json; f = open('{LOCK}', 'r+'); lease = json.load(f); lease['until'] = 0; f.seek(0); "
+            'f.write(json.dumps(lease).ljust(1024))"'
+        )
+        try:
+            yield play
+        finally:
+            for one in reversed(standing):
+                with contextlib.suppress(OSError):
+                    os.kill(one, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("moment", ["Remember what is there]", "Bring the server up]"])
+def test_a_play_that_stalled_leaves_the_server_of_the_next_one_alone(
+    served: GpuHost, tmp_path: Path, moment: str
+) -> None:
+    with stalled(served, tmp_path / "log", moment) as play:
+        served.serve("-e", '{"vllm_gpu_extra_args": ["--max-model-len", "512"]}', gpu_device_id=0)
+        before = (served.container(), served.files())
+    output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
+    assert play.returncode != 0
+    assert "has taken this host's lock, because this play had stalled" in output
+    assert "serves as before" not in output
+    assert (served.container(), served.files()) == before
+
+
+def test_a_play_that_stalled_goes_on_where_no_other_one_came(served: GpuHost, tmp_path: Path) -> None:
+    with stalled(served, tmp_path / "log", "Bring the server up]") as play:
+        pass
+    assert play.returncode == 0, (tmp_path / "log").read_text(encoding="utf-8")
+    assert served.served_gpu() == "1"
+
+
+def test_what_killed_plays_left_goes_with_the_next_change(served: GpuHost) -> None:
+    planted = f"{DIRECTORY}/.vllm_gpu.abcdefgh {DIRECTORY}/.proven.kept {DIRECTORY}/.proven/state.killed"
+    for playbook, code in (("serve.yml", 0), ("playbooks/teardown.yml", 0)):
+        served.look.check_output(f"touch {planted}")
+        result = served.play(playbook, gpu_device_id=0 if served.served_gpu() == "1" else 1)
+        assert result.code == code, result.output
+        assert served.look.run(f"ls -d {planted}").stdout == ""
