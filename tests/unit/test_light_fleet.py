@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "molecule/simulated_host/cards.json"
 REFEREE = ROOT / "scripts/check_gpu_allocation.sh"
 PROJECT = (
-    "--project-name vllm --project-directory /opt/vllm-gpu --file docker-compose.serving.yml --env-file .env"
+    "--project-name vllm-gpu --project-directory /opt/vllm-gpu --file docker-compose.serving.yml --env-file .env"
 )
 UP = f"cd /opt/vllm-gpu && docker compose --ansi never --progress plain {PROJECT} up --detach --pull never"
 
