@@ -14,14 +14,17 @@ set -uf         # -f: text is split into lines unquoted and must not match file 
 export LC_ALL=C # match bytes, and have the other programs' messages in English
 
 readonly SERVICE=vllm # the Compose service that --project looks for
-readonly NUMBER='(0|[1-9][0-9]{0,8})' MEMORY='([0-9]{1,9}|\[[^]]*\]|N/A)( MiB)?'
+readonly NUMBER='(0|[1-9][0-9]{0,8})'
+readonly MOST=262144 UNREADABLE=256 # bytes of an answer; in place of an exit code: longer, or binary
 
 judged=0 json=0 quiet=0 deep=0 drift=1 limit=10 expect='' container='' project=''
 verdict=unknown code=3 cause='' message='' cure=''
-gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=()
-app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=()
+# What can't be read of a card or a process is empty.
+gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=() odd_gpu=''
+app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=() app_row=() listed=false
 up='cd /opt/vllm-gpu && docker compose -f docker-compose.serving.yml up -d' # where the server's files are
-id='' status='' exit_code='' started='' image='' directory='' asked=() asked_count=0 pids=()
+id='' status='' health='' exit_code='' started='' image='' directory='' asked=() asked_count=0 pids=()
+notes=() seen=() seen_why=''
 expected_id='' place=''            # what is expected, and the UUID that this means
 declare -A slot_of=() comm_of=()   # GPU or MIG UUID: its card's place in gpu_…; own PID: its name
 
@@ -47,7 +50,7 @@ show_help() {
 usage_error() { # SENTENCE [CAUSE CURE]
   judged=1 verdict=usage code=2 message=$1 cause=${2:-usage} cure=${3:-'See --help.'}
   ((json && !quiet)) && print_json
-  plain "check_gpu_allocation: $message $cure"
+  visible "check_gpu_allocation: $message $cure"
   printf '%s\n' "$REPLY" >&2
   exit 2
 }
@@ -99,7 +102,13 @@ start() {
   shift
   exec {fd}< <(
     exec </dev/null 2>/dev/null
-    { out=$(timeout -k 1 "$limit" "$@" 2>&3 3>&-) && rc=0 || rc=$?; } 3>&1
+    {
+      exec {pipe}< <(exec timeout -k 1 "$limit" "$@" 2>&3 3>&-)
+      IFS= read -r -N "$MOST" -u "$pipe" out
+      exec {pipe}<&- # a program that prints without end ends here, or when its time is up
+      wait "$!" && rc=0 || rc=$?
+    } 3>&1
+    ((${#out} < MOST)) || out='' rc=$UNREADABLE
     printf '\0%s\0%s\0' "$out" "$rc"
   )
   printf -v "$variable" '%s' "$fd $!"
@@ -108,10 +117,13 @@ start() {
 finish() { # HANDLE: sets $out, $err and $rc; rc is 124 when the time was up
   local fd=${1% *}
   out='' err='' rc=''
-  if ! { IFS= read -r -d '' -t $((limit + 2)) -u "$fd" err && IFS= read -r -d '' -t 1 -u "$fd" out &&
-    IFS= read -r -d '' -t 1 -u "$fd" rc; }; then
+  if IFS= read -r -d '' -n "$MOST" -t $((limit + 2)) -u "$fd" err && ((${#err} < MOST)) &&
+    IFS= read -r -d '' -t 9 -u "$fd" out && IFS= read -r -d '' -t 1 -u "$fd" rc; then
+    [[ $rc =~ ^[0-9]{1,3}$ ]] || rc=$UNREADABLE
+  else
     kill "${1#* }" 2>/dev/null
     rc=124
+    ((${#err} < MOST)) || rc=$UNREADABLE
   fi
   [[ $rc == 137 ]] && rc=124 # it ignored SIGTERM
   exec {fd}<&-
@@ -123,10 +135,21 @@ call() { # COMMAND...: start and finish
   finish "$handle"
 }
 
-split() { # TEXT: sets $lines, without carriage returns and empty lines
-  local IFS=$'\n'
+split() { # TEXT: sets $lines, without carriage returns and empty lines; none is so long that it takes ages to match
+  local n IFS=$'\n'
   # shellcheck disable=SC2206 # splitting is meant
   lines=(${1//$'\r'/})
+  for n in "${!lines[@]}"; do ((${#lines[n]} <= 4096)) || lines[n]=${lines[n]:0:4096}; done
+}
+
+note() { # SENTENCE: something to know beside the verdict
+  notes+=("$1")
+}
+
+quoted() { # sets $REPLY to the start of what the program said, from $lines
+  REPLY=${lines[*]:0:3}
+  REPLY=${REPLY:0:300}
+  REPLY=${REPLY:-it said nothing}
 }
 
 # problem CAUSE SENTENCE CURE: a reason why there is no verdict. The first one gives the cause.
@@ -138,8 +161,9 @@ problem() {
 
 # --- The cards -------------------------------------------------------------------------------------
 
-smi_problem() { # what a call of nvidia-smi that failed, or that was not understood, means
-  split "$err"$'\n'"$out"
+smi_problem() { # [ROW]: what a call of nvidia-smi that failed, or whose answer (or row) was not understood, means
+  if ((rc)); then split "$err"$'\n'"$out"; else split "${1-$out}"; fi
+  quoted
   case $rc:$out$err in
     124:*) problem nvidia_smi_timeout "nvidia-smi gave no answer within $limit s; a card may have fallen off the bus." \
       "Look for 'Xid' or 'fallen off the bus' in 'dmesg'; a reboot usually helps. If it is only slow: 'systemctl enable --now nvidia-persistenced'." ;;
@@ -150,12 +174,15 @@ smi_problem() { # what a call of nvidia-smi that failed, or that was not underst
       'The NVIDIA driver is not loaded.' \
       "Try 'modprobe nvidia'; if that fails, install the driver for the running kernel and reboot." ;;
     15:* | *'GPU is lost'* | *'Unable to determine the device handle'*) problem gpu_lost \
-      'A GPU has fallen off the bus.' "Look for 'Xid' in 'dmesg', then reboot." ;;
+      "nvidia-smi cannot reach a GPU; it may have fallen off the bus: $REPLY" \
+      "Look for 'Xid' in 'dmesg', then reboot." ;;
     6:* | *'No devices were found'*) problem no_devices 'nvidia-smi finds no GPU on this machine.' \
       "Look at 'lspci | grep -i nvidia' and 'dmesg | grep -i nvrm'." ;;
-    0:*) problem nvidia_smi_unparsable "nvidia-smi answered in a form that this script doesn't know." \
+    "$UNREADABLE":*) problem nvidia_smi_unparsable 'nvidia-smi printed more than 256 KiB, or binary data.' \
+      "Run 'nvidia-smi' by hand." ;;
+    0:*) problem nvidia_smi_unparsable "nvidia-smi answered in a form that this script doesn't know: $REPLY" \
       "Run 'nvidia-smi' by hand; a newer driver may need a newer script." ;;
-    *) problem nvidia_smi_failed "nvidia-smi failed (exit code $rc): ${lines[0]:-it said nothing}" \
+    *) problem nvidia_smi_failed "nvidia-smi failed (exit code $rc): $REPLY" \
       "Run 'nvidia-smi' by hand." ;;
   esac
   return 1
@@ -170,48 +197,94 @@ finish_smi() { # HANDLE: as finish, looking past a damaged infoROM (code 14), wi
   for line in "${lines[@]}"; do [[ $line == 'WARNING: infoROM'* ]] || out+=$line$'\n'; done
 }
 
+# fields LINE N: sets $field to the N comma-separated fields of a row, the last one with its commas. Odd or
+# missing ones spoil nothing: whoever needs one sees for himself whether it can be read.
+fields() {
+  local n IFS=,
+  # shellcheck disable=SC2206 # splitting is meant
+  field=($1)
+  field=("${field[@]:0:$2-1}" "${field[*]:$2-1}")
+  for ((n = 0; n < $2; n++)); do
+    field[n]=${field[n]-}
+    field[n]=${field[n]#"${field[n]%%[! ]*}"}
+    field[n]=${field[n]%"${field[n]##*[! ]}"}
+  done
+}
+
+readable() { # TEXT FORM: sets $REPLY to the text, or to nothing where it has another form
+  REPLY=''
+  [[ $1 =~ ^($2)$ ]] && REPLY=${BASH_REMATCH[1]}
+}
+
 read_gpus() { # HANDLE
-  local line n=0 form="^$NUMBER, *(GPU-[0-9A-Za-z-]+), *([0-9A-Fa-f:]+\.[0-7]), *$MEMORY, *$MEMORY, *([^,]*), *(.+)\$"
+  local line n=0 field
   finish_smi "$1"
   split "$out"
   ((rc || ${#lines[@]})) || rc=6
   [[ $rc != 0 || $out$err == *'No devices were found'* ]] && { smi_problem; return; }
   for line in "${lines[@]}"; do
-    [[ $line =~ $form && ! ${slot_of[${BASH_REMATCH[2]}]+twice} ]] || { smi_problem; return; }
-    gpu_index[n]=${BASH_REMATCH[1]} gpu_uuid[n]=${BASH_REMATCH[2]} gpu_bus[n]=${BASH_REMATCH[3]}
-    gpu_total[n]=${BASH_REMATCH[4]} gpu_used[n]=${BASH_REMATCH[6]} gpu_driver[n]=${BASH_REMATCH[8]}
-    gpu_name[n]=${BASH_REMATCH[9]} slot_of[${BASH_REMATCH[2]}]=$n
+    fields "$line" 7
+    readable "${field[0]}" "$NUMBER"; gpu_index[n]=$REPLY
+    readable "${field[1]}" 'GPU-[0-9A-Za-z-]+'; gpu_uuid[n]=$REPLY
+    readable "${field[2]}" '[0-9A-Fa-f:]+\.[0-7]'; gpu_bus[n]=$REPLY
+    readable "${field[3]% MiB}" "$NUMBER"; gpu_total[n]=$REPLY
+    readable "${field[4]% MiB}" "$NUMBER"; gpu_used[n]=$REPLY
+    gpu_driver[n]=${field[5]} gpu_name[n]=${field[6]}
+    [[ ${gpu_index[n]} && ${gpu_uuid[n]} && ${gpu_bus[n]} ]] || odd_gpu=$line
+    if [[ ${gpu_uuid[n]} ]]; then
+      [[ ! ${slot_of[${gpu_uuid[n]}]+twice} ]] || { smi_problem "$line"; return; }
+      slot_of[${gpu_uuid[n]}]=$n
+    fi
     n=$((n + 1))
   done
+  ((${#slot_of[@]})) || smi_problem
 }
 
 read_apps() { # HANDLE: the processes on the cards
-  local line mig=0
+  local line n=0 mig=0 field
   finish_smi "$1"
   [[ $out == *'No running processes found'* ]] && out=''
   ((rc)) && { smi_problem; return; }
+  listed=true
   split "$out"
   for line in "${lines[@]}"; do
-    [[ $line =~ ^((GPU|MIG)-[0-9A-Za-z/-]+),\ *$NUMBER,\ *$MEMORY$ ]] || { smi_problem; return; }
-    app_uuid+=("${BASH_REMATCH[1]}") app_pid+=("${BASH_REMATCH[3]}") app_memory+=("${BASH_REMATCH[4]}")
-    [[ ${BASH_REMATCH[2]} == MIG ]] && mig=1
+    fields "$line" 3
+    readable "${field[0]}" '(GPU|MIG)-[0-9A-Za-z/-]+'; app_uuid[n]=$REPLY
+    readable "${field[1]}" '[1-9][0-9]{0,8}'; app_pid[n]=$REPLY
+    readable "${field[2]% MiB}" "$NUMBER"; app_memory[n]=$REPLY
+    app_row[n]=$line
+    [[ ${app_uuid[n]} == MIG* ]] && mig=1
+    n=$((n + 1))
   done
   ((mig)) && read_mig
   for line in "${!app_pid[@]}"; do name_app "$line"; done
 }
 
 read_mig() { # which card each MIG instance is part of: one more call, only where an instance turns up
-  local line parent=''
   call nvidia-smi -L
+  read_list
+}
+
+read_list() { # what "nvidia-smi -L" said: sets $uuids to those of the cards, or of a card's MIG instances instead
+  local line parent=''
+  uuids=()
   split "$out"
   for line in "${lines[@]}"; do
-    [[ $line =~ ^GPU\ .*UUID:\ (GPU-[0-9A-Za-z-]+) ]] && parent=${slot_of[${BASH_REMATCH[1]}]-}
-    [[ $line =~ ^\ +MIG\ .*UUID:\ (MIG-[0-9A-Za-z/-]+) && $parent ]] && slot_of[${BASH_REMATCH[1]}]=$parent
+    if [[ $line =~ ^GPU\ .*UUID:\ (GPU-[0-9A-Za-z-]+) ]]; then
+      parent=${slot_of[${BASH_REMATCH[1]}]-}
+      uuids+=("${BASH_REMATCH[1]}")
+    elif [[ $line =~ ^\ +MIG\ .*UUID:\ (MIG-[0-9A-Za-z/-]+) ]]; then
+      [[ ! $parent ]] || slot_of[${BASH_REMATCH[1]}]=$parent
+      [[ ${uuids[*]: -1} != GPU-* ]] || unset 'uuids[-1]'
+      uuids+=("${BASH_REMATCH[1]}")
+    else
+      uuids+=("$line") # it may be a card all the same
+    fi
   done
 }
 
 name_app() { # N: fills in what follows from the n-th process's PID and card
-  local pid=${app_pid[$1]} slot=${slot_of[${app_uuid[$1]}]-}
+  local pid=${app_pid[$1]:-?} slot=${slot_of[${app_uuid[$1]:-?}]-}
   app_own[$1]=0 app_index[$1]=${slot:+${gpu_index[slot]}} REPLY=''
   if [[ ${comm_of[$pid]+own} ]]; then
     app_own[$1]=1 REPLY=${comm_of[$pid]}
@@ -230,16 +303,17 @@ bus_number() { # PCI BUS ID, with or without its domain: sets $REPLY to a form t
 }
 
 find_card() { # ID: sets $REPLY to the UUID of the card or MIG instance that it names
-  local wanted=${1#nvidia.com/gpu=} n bus
+  local wanted=${1#nvidia.com/gpu=} n bus uuid='' found=0
   bus_number "$wanted"
   bus=$REPLY
   for n in "${!gpu_uuid[@]}"; do
     bus_number "${gpu_bus[n]}"
-    if [[ $wanted == "${gpu_index[n]}" || ${wanted,,} == "${gpu_uuid[n],,}" || ($bus && $bus == "$REPLY") ]]; then
-      REPLY=${gpu_uuid[n]}
-      return
+    if [[ $wanted == "${gpu_index[n]:-?}" || ${wanted,,} == "${gpu_uuid[n],,}" || ($bus && $bus == "$REPLY") ]]; then
+      found=$((found + 1)) uuid=${gpu_uuid[n]}
     fi
   done
+  REPLY=$uuid
+  ((!found)) || { ((found == 1)) && [[ $uuid ]]; return; } # two of that name: who knows which one is meant?
   REPLY=$wanted
   [[ $wanted =~ ^MIG-[0-9A-Za-z/-]+$ ]] || return 1
   [[ ${slot_of[$wanted]+known} ]] || read_mig
@@ -249,7 +323,11 @@ find_card() { # ID: sets $REPLY to the UUID of the card or MIG instance that it 
 
 card() { # UUID: sets $REPLY to the card's name in a sentence
   local n=${slot_of[$1]}
-  REPLY="GPU ${gpu_index[n]} (${gpu_name[n]}, $1)"
+  REPLY="GPU ${gpu_index[n]:-?} (${gpu_name[n]:-?}, $1)"
+}
+
+part_of_place() { # UUID: is it the expected card or MIG instance, or an instance of the expected card?
+  [[ $1 == "$place" || ${slot_of[${1:-?}]+known} && ${gpu_uuid[${slot_of[$1]}]} == "$place" ]]
 }
 
 # --- The container ---------------------------------------------------------------------------------
@@ -257,15 +335,19 @@ card() { # UUID: sets $REPLY to the card's name in a sentence
 docker_problem() { # what a call of docker that failed means
   local text=${out,,}${err,,}
   split "$err"$'\n'"$out"
+  quoted
   case $rc:$text in
     124:*) problem docker_timeout "docker gave no answer within $limit s." "Try 'systemctl status docker'." ;;
     *'no such container'* | *'no such object'*) no_such_container "There is no container $container on this machine" ;;
-    *'permission denied'*) problem engine_permission "This user may not use the Docker engine's socket." \
-      "Use sudo, or have the user added to the group 'docker'." ;;
-    *'cannot connect to the docker daemon'* | *'failed to connect to the docker api'* | *'connection refused'*)
+    *'permission denied while trying to connect'*)
+      problem engine_permission "This user may not use the Docker engine's socket." \
+        "Use sudo, or have the user added to the group 'docker'." ;;
+    *'cannot connect to the docker daemon'* | *'failed to connect to the docker api'* | *'error during connect'*)
       problem engine_not_running 'The Docker engine is not running, or not reachable from here.' \
         "'systemctl start docker' starts it; by hand, look at DOCKER_HOST and 'docker context ls', too (the role asks /var/run/docker.sock only)." ;;
-    *) problem docker_failed "docker failed (exit code $rc): ${lines[0]:-it said nothing}" "Run 'docker ps' by hand." ;;
+    "$UNREADABLE":*) problem docker_unparsable 'docker printed more than 256 KiB, or binary data.' \
+      "Run 'docker ps' by hand." ;;
+    *) problem docker_failed "docker failed (exit code $rc): $REPLY" "Run 'docker ps' by hand." ;;
   esac
 }
 
@@ -300,6 +382,7 @@ read_container() {
   call docker inspect --type container --format 'id {{.Id}}
 name {{.Name}}
 status {{.State.Status}}
+health {{with index .State "Health"}}{{.Status}}{{end}}
 exit {{.State.ExitCode}}
 started {{.State.StartedAt}}
 image {{.Config.Image}}
@@ -315,6 +398,7 @@ device {{json .}}{{end}}{{end}}' "$container"
       id:*) id=$value ;;
       name:*) container=${value#/} ;;
       status:*) status=$value ;;
+      health:*) [[ $value == none ]] || health=$value ;;
       exit:*) [[ $status == @(exited|dead|restarting) ]] && exit_code=$value ;;
       started:*) [[ $value == 0001-* ]] || started=$value ;; # 0001: never
       image:*) image=$value ;;
@@ -327,9 +411,12 @@ device {{json .}}{{end}}{{end}}' "$container"
   done
   if [[ ! $id =~ ^[0-9a-f]{12,64}$ || ! $status =~ ^[a-z]+$ ]]; then
     id=''
-    problem docker_unparsable "'docker inspect' answered in a form that this script doesn't know." \
+    quoted
+    problem docker_unparsable "'docker inspect' answered in a form that this script doesn't know: $REPLY" \
       "Run 'docker inspect $container' by hand."
   elif [[ $status == running ]]; then
+    [[ $health != unhealthy ]] || note "Docker's health check reports $container as unhealthy. To see why: \
+docker inspect --format '{{json .State.Health}}' $container"
     read_pids
   else
     not_running
@@ -364,10 +451,15 @@ read_pids() { # of every process of the container: vLLM's work on the card is do
   [[ $status == running ]] || { not_running; return; }
   ((rc)) && { docker_problem; return; }
   split "$out"
-  [[ ${lines[0]-} =~ ^\ *PID ]] || lines=('' 'no table')
+  if [[ ! ${lines[0]-} =~ ^\ *PID ]]; then
+    quoted
+    problem docker_unparsable "'docker top' answered in a form that this script doesn't know: $REPLY" \
+      "Run 'docker top $container -eo pid,comm' by hand."
+    return
+  fi
   for line in "${lines[@]:1}"; do
     if [[ ! $line =~ ^\ *$NUMBER(\ .*)?$ ]]; then # skipping it could hide a process on a wrong card
-      problem docker_unparsable "'docker top' answered in a form that this script doesn't know." \
+      problem docker_unparsable "'docker top' lists a process whose PID can't be read: ${line:0:300}" \
         "Run 'docker top $container -eo pid,comm' by hand."
       return
     fi
@@ -383,18 +475,24 @@ judge() {
   local n cards=''
   if [[ ! $expect ]]; then
     [[ $id ]] && expect_what_was_asked
-  elif ((${#gpu_uuid[@]})); then
+  elif ((${#slot_of[@]})); then
     expected_id=$expect
-    if ! find_card "$expect"; then
+    if find_card "$expect"; then
+      place=$REPLY
+    elif [[ $odd_gpu ]]; then # it may be the one that is meant
+      smi_problem "$odd_gpu"
+    else
       for n in "${gpu_uuid[@]}"; do
         card "$n"
         cards+="${cards:+, }$REPLY"
       done
       usage_error "This machine has no GPU '$expect'." no_such_gpu "It has: $cards."
     fi
-    place=$REPLY
   fi
-  [[ $cause ]] || has_drifted || judge_processes
+  if [[ ! $cause ]]; then
+    has_drifted || judge_processes
+    ((deep)) && note_what_it_sees
+  fi
 }
 
 expect_what_was_asked() { # sets $expected_id and $place; without them there is a problem
@@ -404,9 +502,13 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
     why=asked_for_count sentence="was asked for a number of GPUs (${asked_count/#-1/all}), not for a certain one."
   elif ((${#asked[@]} == 0)); then
     why=asked_for_no_gpu sentence='was asked for no GPU at all.'
-  elif ((${#gpu_uuid[@]})); then
+  elif ((${#slot_of[@]})); then
     for one in "${asked[@]}"; do
-      if ! find_card "$one"; then
+      if ! find_card "$one" && [[ $odd_gpu ]]; then
+        why=nvidia_smi_unparsable
+        sentence="was asked for GPU '$one', which may be the one that nvidia-smi shows as '${odd_gpu:0:300}'."
+        next="Run 'nvidia-smi' by hand, or name the GPU by its UUID with --expect."
+      elif ! find_card "$one"; then
         why=requested_gpu_missing sentence="was asked for GPU '$one', which this machine doesn't have (any more)."
         next="Compare 'nvidia-smi -L', and name the GPU with --expect."
       elif [[ $place && $place != "$REPLY" ]]; then
@@ -420,13 +522,41 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
   [[ $cause ]] || problem "$why" "$container $sentence" "$next"
 }
 
+# Prints what is in FILE, and then owner, mode and name of all on the way there: folders, links, where these lead.
+# A program of its own, so that it has a deadline: FILE is below a folder that a container's label names.
+# shellcheck disable=SC2016 # for that program to expand
+readonly WALK='
+todo=$1 at= way=(/)
+while [[ $todo ]]; do
+  step=${todo%%/*} todo=${todo:${#step}} todo=${todo#/}
+  case $step in "" | .) continue ;; ..) at=${at%/*}; continue ;; esac
+  at+=/$step way+=("$at")
+  [[ -L $at ]] || continue
+  ((${#way[@]} < 99)) && step=$(readlink -- "$at") || exit
+  [[ $step == /* ]] && at= || at=${at%/*}
+  todo=$step/$todo
+done
+[[ -f $at && -r $at ]] || exit
+read -r line <"$at"
+printf "is %s\n" "$line"
+exec stat -c "%u %A %n" -- "${way[@]}"'
+
 # An index can mean another card after a reboot or a change of cards. What it meant when the server was
-# proven stands beside its files; only root may read it there.
+# proven stands beside its files. It is believed only where nobody but root and this user can have written it.
 has_drifted() {
-  local index='' uuid='' file=$directory/.proven/current/gpu
-  ((drift && ${#asked[@]} == 1)) && [[ $directory && -r $file ]] || return 1
-  read -r index uuid <"$file"
-  [[ $index =~ ^$NUMBER$ && $index == "${asked[0]}" && $uuid != "$place" ]] || return 1
+  local line index='' uuid='' file=$directory/.proven/current/gpu
+  [[ $drift == 1 && $directory && ${asked[*]} =~ ^$NUMBER$ ]] || return 1
+  call bash -c "$WALK" walk "$file"
+  ((rc != 124)) || note "$file could not be read within $limit s, so it is not known which GPU was proven."
+  split "$out"
+  [[ $rc == 0 && ${lines[0]-} ]] || return 1
+  for line in "${lines[@]:1}"; do
+    [[ ${line%% *} == @(0|"$EUID") && ${line#* } == @(l*|d????????[tT]*|?????-??-*) ]] && continue
+    note "$file is ignored: others than root can change it; see owner and mode of ${line#* * }."
+    return 1
+  done
+  [[ ${lines[0]} =~ ^is\ $NUMBER\ +([^ ]+) ]] && index=${BASH_REMATCH[1]} uuid=${BASH_REMATCH[2]}
+  [[ $index == "${asked[0]}" && $uuid != "$place" ]] || return 1
   find_card "$index" && [[ $REPLY == "$place" ]] || return 1
   card "$place"
   verdict=misplaced code=1 cause=gpu_drifted
@@ -435,16 +565,24 @@ has_drifted() {
   cure+="-e '{\"vllm_gpu_force\": [\"drift\"]}'."
 }
 
+# What must be readable for an "ok": that no process of the container is outside of the expected place. A row whose
+# PID can't be read may be one of its processes on a wrong GPU; but not where the container sees no other GPU, as what
+# it can't see it can't have opened. A row on the expected place can't spoil an "ok", and one whose PID isn't the
+# container's is another's, whatever else is odd about it.
 judge_processes() {
-  local n uuid right=0 wrong='' want
+  local n uuid right=0 wrong='' want unclear='' maybe=''
   for n in "${!app_pid[@]}"; do
     uuid=${app_uuid[n]}
-    ((app_own[n])) || continue
-    if [[ ! ${slot_of[$uuid]+known} ]]; then
+    if ((!app_own[n])); then
+      [[ ! ${app_pid[n]} ]] || continue
+      if part_of_place "$uuid"; then maybe=${app_row[n]}; else unclear=${app_row[n]}; fi
+    elif [[ ! $uuid ]]; then
+      maybe=${app_row[n]} unclear=$maybe
+    elif [[ ! ${slot_of[$uuid]+known} ]]; then
       problem nvidia_smi_unparsable "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
         "Run this again; if it stays, compare 'nvidia-smi -L'."
       return
-    elif [[ $uuid == "$place" || ${gpu_uuid[${slot_of[$uuid]}]} == "$place" ]]; then # or a MIG instance of it
+    elif part_of_place "$uuid"; then
       right=1
     elif [[ $uuid == "${gpu_uuid[${slot_of[$place]}]}" ]]; then
       problem mig_instance_unclear "nvidia-smi doesn't say on which MIG instance of $uuid $container runs." \
@@ -461,19 +599,29 @@ judge_processes() {
     verdict=misplaced code=1 cause=wrong_gpu message="$container runs on $wrong, not on $want."
     ((right)) && cause=additional_gpu message="$container runs on $want, but holds $wrong as well."
     if was_asked_for_it; then
-      cure="It was asked for the right GPU only, so the runtime didn't obey. Try "
+      cure="It was asked for the right GPU only, but was given another. Try "
       cure+="'$up --force-recreate'; then see that it is not privileged and that NVIDIA's"
       cure+=' container toolkit is set up.'
     else
       cure="Run 'ansible-playbook serve.yml -e gpu_device_id=$expected_id', or set GPU_DEVICE_ID=$expected_id in .env"
       cure+=" and run '$up' ('restart' is not enough)."
     fi
+  elif ((deep || !right)) && lost_its_view; then
+    return
+  elif [[ $unclear ]] && ! sees_no_other; then
+    process_unclear "$unclear" "${seen_why:-it sees other GPUs as well}"
   elif ((right)); then
-    ((deep)) && lost_its_view && return
     verdict=ok code=0 message="$container runs on $want and on no other."
+  elif [[ $maybe ]]; then
+    process_unclear "$maybe" 'no other process of it is on a GPU'
   else
-    lost_its_view || nothing_there_yet
+    nothing_there_yet
   fi
+}
+
+process_unclear() { # ROW WHY
+  problem process_unclear "nvidia-smi lists '${1:0:300}', which may or may not be a process of $container ($2)." \
+    "Run 'nvidia-smi' by hand; once that row is gone or can be read, run this again."
 }
 
 was_asked_for_it() { # was the container asked for the expected card, and for nothing else?
@@ -484,28 +632,68 @@ was_asked_for_it() { # was the container asked for the expected card, and for no
   done
 }
 
-# A "systemctl daemon-reload" can take the card from a running container's view. That shows only from
-# inside, and asking there costs as much as all the rest: so only without a process, or with --deep.
+# Asking inside the container costs as much as all the rest: so only where the verdict needs it, or with --deep.
+look_inside() { # sets $seen to the $uuids that the container sees, or $seen_why to why they aren't known
+  local handle uuids
+  [[ ! ${seen[*]}$seen_why ]] || return 0
+  start handle docker exec "$id" nvidia-smi -L
+  finish_smi "$handle"
+  read_list
+  ((rc || !${#uuids[@]})) || { seen=("${uuids[@]}"); return; }
+  split "$err"$'\n'"$out"
+  quoted
+  seen_why="asked inside of it, nvidia-smi failed with exit code $rc: $REPLY"
+}
+
+# A "systemctl daemon-reload" can take the card from a running container's view. That shows only from inside.
 lost_its_view() {
-  call docker exec "$id" nvidia-smi -L
-  [[ $out$err == *'NVML: Unknown Error'* ]] || return 1
+  look_inside
+  [[ $seen_why == *'NVML: Unknown Error'* ]] || return 1
   problem gpu_view_lost "$container lost its view of the GPU while it was running (NVML: Unknown Error)." \
     "Recreate it: '$up --force-recreate'."
 }
 
+sees_no_other() {
+  local one
+  look_inside
+  [[ ! $seen_why ]] || return 1
+  for one in "${seen[@]}"; do part_of_place "$one" || return 1; done
+}
+
+note_what_it_sees() {
+  local one others=''
+  look_inside
+  for one in "${seen[@]}"; do
+    if [[ $one != @(GPU|MIG)-* ]] || part_of_place "$one"; then continue; fi
+    REPLY=$one
+    [[ ! ${slot_of[$one]+known} ]] || card "$one"
+    others+="${others:+ and }$REPLY"
+  done
+  card "$place"
+  [[ ! $others ]] || note "$container also sees $others and can use it at any time: see that it requests only \
+$REPLY and is not privileged."
+  [[ ! $seen_why || $cause == gpu_view_lost ]] || note "Which GPUs $container sees is not known: $seen_why."
+}
+
 nothing_there_yet() {
-  local since now up=''
+  local n since now up=''
   since=$(date -d "$started" +%s 2>/dev/null) && printf -v now '%(%s)T' -1 && up=", up for $((now - since)) s,"
   problem no_process_yet "$container$up has no process on any GPU yet: it may still be loading." \
     "Ask again in some seconds; 'docker logs --tail 50 $container' shows how far it is."
+  n=${slot_of[$place]}
+  ((${#app_row[@]} || ${gpu_used[n]:-0} < 400)) || note "nvidia-smi lists no process on any GPU, although \
+${gpu_used[n]} MiB of GPU ${gpu_index[n]:-?} are in use. In an LXC guest and under WSL2 it never lists any: nothing \
+can be proven there."
 }
 
 # --- JSON ------------------------------------------------------------------------------------------
 
-# quote TEXT: sets $REPLY to a JSON string, or to null for an empty text. Bytes that are no UTF-8
-# become U+FFFD, so that the output is valid whatever a process calls itself.
-quote() {
-  local rest=$1 done='' char more=[$'\x80'-$'\xbf'] n
+# visible TEXT: sets $REPLY to its first 4096 bytes with control characters (which could drive a terminal) as \u001b,
+# C1 ones (U+0080 to U+009F) likewise, and bytes that are no UTF-8 as \ufffd: harmless, and right in JSON as well.
+visible() {
+  local rest=${1:0:4096} done='' char more=[$'\x80'-$'\xbf'] n
+  REPLY=$rest
+  [[ $rest == *[![:print:]]* ]] || return 0
   while [[ $rest ]]; do
     n=1
     # shellcheck disable=SC2053 # $more is a pattern
@@ -517,14 +705,22 @@ quote() {
     fi
     char=${rest:0:n} rest=${rest:n}
     case $char in
-      [\"\\]) char=\\$char ;;
       [[:cntrl:]]) printf -v char '\\u%04x' "'$char" ;;
+      $'\xc2'[$'\x80'-$'\x9f']) printf -v n %d "'${char:1}"; printf -v char '\\u%04x' $((n & 255)) ;;
       [$'\x80'-$'\xff']) char='\ufffd' ;;
     esac
     done+=$char
   done
+  REPLY=$done
+}
+
+quote() { # TEXT: sets $REPLY to a JSON string, or to null for an empty text
   REPLY=null
-  [[ ! $1 ]] || REPLY="\"$done\""
+  [[ $1 ]] || return 0
+  REPLY=${1:0:2000} # cut before it is escaped
+  REPLY=${REPLY//\\/\\\\}
+  visible "${REPLY//\"/\\\"}"
+  REPLY="\"$REPLY\""
 }
 
 # object KEY VALUE...: sets $REPLY. The value of a key with a leading # is a number, with @ it is JSON.
@@ -543,7 +739,7 @@ object() {
 }
 
 print_json() {
-  local n gpus='' expected=null box=null mine='' others='' ids='' numbers=${pids[*]}
+  local n gpus='' expected=null box=null mine='' others='' ids='' told='' numbers=${pids[*]}
   for n in "${!gpu_uuid[@]}"; do
     object '#index' "${gpu_index[n]}" uuid "${gpu_uuid[n]}" pci_bus_id "${gpu_bus[n]}" name "${gpu_name[n]}" \
       '#memory_total_mib' "${gpu_total[n]}" '#memory_used_mib' "${gpu_used[n]}" driver_version "${gpu_driver[n]}"
@@ -558,8 +754,8 @@ print_json() {
       quote "$n"
       ids+="${ids:+,}$REPLY"
     done
-    object name "$container" id "$id" status "$status" '#exit_code' "$exit_code" started_at "$started" image "$image" \
-      @requested "[$ids]" '#requested_count' "${asked_count#0}" @pids "[${numbers// /,}]"
+    object name "$container" id "$id" status "$status" health "$health" '#exit_code' "$exit_code" \
+      started_at "$started" image "$image" @requested "[$ids]" '#requested_count' "${asked_count#0}" @pids "[${numbers// /,}]"
     box=$REPLY
   fi
   for n in "${!app_name[@]}"; do
@@ -567,20 +763,21 @@ print_json() {
       '#gpu_index' "${app_index[n]}" '#memory_mib' "${app_memory[n]}"
     if ((app_own[n])); then mine+="${mine:+,}$REPLY"; else others+="${others:+,}$REPLY"; fi
   done
+  for n in "${notes[@]}"; do
+    quote "$n"
+    told+="${told:+,}$REPLY"
+  done
   object '#schema' 1 verdict "$verdict" cause "$cause" '#code' "$code" message "$message" cure "$cure" \
-    @expected "$expected" @gpus "[$gpus]" @container "$box" @processes "[$mine]" @other_processes "[$others]"
+    @expected "$expected" @gpus "[$gpus]" @container "$box" @processes "[$mine]" @other_processes "[$others]" \
+    @processes_listed "$listed" @notes "[$told]"
   printf '%s\n' "$REPLY"
 }
 
 # --- The report for a person -----------------------------------------------------------------------
 
-plain() { # TEXT: sets $REPLY to it without control characters, which could drive the terminal
-  REPLY=${1//[[:cntrl:]]/?}
-}
-
 say() { # TEXT [COLOUR]: indented, in lines of up to 80 columns
   local word line=' '
-  plain "$1"
+  visible "$1"
   for word in $REPLY; do
     if ((${#line} + ${#word} > 78)); then
       printf '%s%s%s\n' "${2-}" "$line" "${2:+$normal}"
@@ -596,8 +793,8 @@ print_processes() { # 1: the container's own; 0: the others
   for n in "${!app_name[@]}"; do
     ((app_own[n] == $1)) || continue
     any=1
-    plain "${app_name[n]:-?}"
-    printf '  GPU %-3s pid %-8s %7s MiB  %s\n' "${app_index[n]:-?}" "${app_pid[n]}" "${app_memory[n]}" "$REPLY"
+    visible "${app_name[n]:-?}"
+    printf '  GPU %-3s pid %-8s %7s MiB  %s\n' "${app_index[n]:-?}" "${app_pid[n]:-?}" "${app_memory[n]:-?}" "$REPLY"
   done
   ((any)) || say none
 }
@@ -609,11 +806,13 @@ print_report() {
     ok) word=OK colour=${colour:+$'\e[32m'} ;;
     misplaced) word=MISPLACED colour=${colour:+$'\e[31m'} ;;
   esac
-  printf '%s\n' "${bold}1. GPUs of this machine${gpu_driver[0]+ (driver ${gpu_driver[0]})}$normal"
+  visible "${gpu_driver[0]:+ (driver ${gpu_driver[0]})}"
+  printf '%s\n' "${bold}1. GPUs of this machine$REPLY$normal"
   ((${#gpu_uuid[@]})) || say 'not known'
   for n in "${!gpu_uuid[@]}"; do
-    printf '  GPU %-3s %s, %s of %s MiB used\n          %s  %s\n' "${gpu_index[n]}" "${gpu_name[n]}" \
-      "${gpu_used[n]}" "${gpu_total[n]}" "${gpu_uuid[n]}" "${gpu_bus[n]}"
+    visible "${gpu_name[n]:-?}"
+    printf '  GPU %-3s %s, %s of %s MiB used\n          %s  %s\n' "${gpu_index[n]:-?}" "$REPLY" \
+      "${gpu_used[n]:-?}" "${gpu_total[n]:-?}" "${gpu_uuid[n]:-?}" "${gpu_bus[n]:-?}"
   done
 
   printf '\n%s\n' "${bold}2. What the container was given$normal"
@@ -635,6 +834,7 @@ print_report() {
   printf '\n%s\n' "${bold}4. Verdict$normal"
   say "$word: $message" "$colour"
   [[ ! $cure ]] || say "Next: $cure"
+  for n in "${notes[@]}"; do say "Note: $n"; done
 }
 
 # --- Main ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """As much of Go's templates as `docker --format` is asked for here.
 
-Fields, `json`, `index`, `join` and `range`; anything else is an error, and so
+Fields, `json`, `index`, `join`, `range` and `with`; anything else is an error, and so
 is a field that isn't there: a wrong answer would be worse than none.
 """
 
@@ -37,6 +37,11 @@ def _block(pieces: list[str], at: int, data: Any) -> tuple[str, int]:  # noqa: A
                 body += _block(pieces, at + 1, one)[0]
             at = after
             text += body
+        elif action.startswith("with "):
+            inner = value(action.removeprefix("with "), data)
+            if inner:
+                text += _block(pieces, at + 1, inner)[0]
+            at = _end(pieces, at + 1)
         else:
             text += shown(value(action, data))
             at += 1
@@ -50,10 +55,10 @@ def _end(pieces: list[str], at: int) -> int:
     depth = 1
     for place in range(at + 1, len(pieces), 2):
         action = pieces[place].strip()
-        depth += action.startswith("range ") - (action == "end")
+        depth += action.startswith(("range ", "with ")) - (action == "end")
         if depth == 0:
             return place + 1
-    raise ValueError("a {{range}} without its {{end}}")
+    raise ValueError("a {{range}} or {{with}} without its {{end}}")
 
 
 def value(expression: str, data: object) -> Any:  # noqa: ANN401

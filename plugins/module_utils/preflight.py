@@ -247,20 +247,19 @@ def check_port(asked: Asked) -> Optional[str]:
                 address, error.strerror
             )
         )
-    found = asked.state["container"]
-    mine = [one for one in (found["bindings"] if found else []) if one["port"] == port]
+    found = asked.state["container"] or {"bindings": [], "status": ""}
+    mine = [one["address"] for one in found["bindings"] if one["port"] == port]
     running = bool(mine) and found["status"] in ("running", "restarting")
-    # Between two starts another container may have taken the port.
-    lost = running and found["status"] == "restarting" and bool(publishers(port))
+    # One that runs couldn't without its port; between two starts another container may have taken it.
+    lost = found["status"] == "restarting" and bool(publishers(port))
     others = [
         one
         for one in listeners(port)
         if overlap(one.address, address)
         and not (
             running
-            and not lost
-            and any(one.address == binding["address"] for binding in mine)
-            and one.program in ("", *_ENGINE)
+            and one.address in mine
+            and (found["status"] == "running" or (one.program in ("", *_ENGINE) and not lost))
         )
     ]
     # While it runs, or its restart policy brings it back, listening there for a moment could end that for good.

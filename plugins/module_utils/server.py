@@ -122,9 +122,10 @@ def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     """Return the card that the referee's verdict is about, or None."""
     expected = verdict.get("expected")
     for gpu in verdict.get("gpus") or []:
-        if expected and gpu["index"] == expected["index"]:
-            if gpu["uuid"] == expected["uuid"]:
-                return dict(gpu)
+        if expected and gpu["uuid"] == expected["uuid"]:
+            return dict(gpu)
+        # Where nvidia-smi's row is odd, an index is None.
+        if expected and gpu["index"] == expected["index"] is not None and expected["uuid"].startswith("MIG-"):
             # A MIG instance: nvidia-smi gives the memory of the whole card only.
             return dict(
                 gpu,

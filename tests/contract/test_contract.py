@@ -194,6 +194,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "vars_files": [str(ROLE / "defaults/main.yml")],
         "vars": {
             "ansible_python_interpreter": sys.executable,
+            **{key: VARS[key] for key in ("__vllm_gpu_server_env", "__vllm_gpu_secret_env")},
             "given": [{"vllm_gpu_env": plain, "vllm_gpu_secret_env": secret} for plain, secret, _names in GIVEN],
         },
         "tasks": [

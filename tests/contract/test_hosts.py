@@ -12,9 +12,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
-EMPTY = {"all": {"children": {"vllm_gpu": {"hosts": {}}}}}
-OTHER = {"web": {"hosts": {"web01": None}}}
-HOSTS = {"vllm_gpu": {"hosts": {"gpu01": None, "gpu02": None}}, "web": {"hosts": {"web01": None}}}
+EMPTY: object = {"all": {"children": {"vllm_gpu": {"hosts": {}}}}}
+OTHER: object = {"web": {"hosts": {"web01": None}}}
+HOSTS: object = {"vllm_gpu": {"hosts": {"gpu01": None, "gpu02": None}}, "web": {"hosts": {"web01": None}}}
 
 
 def play(
@@ -50,11 +50,6 @@ def test_a_play_over_no_host_fails(playbook: Path, tmp_path: Path) -> None:
         (EMPTY, [], "No host is in the group vllm_gpu"),
         ({}, [], "No host is in the group vllm_gpu"),
         (HOSTS, ["--limit", "web"], "--limit web leaves no host of the group vllm_gpu"),
-        (
-            HOSTS,
-            ["--limit", "gpu0*:!vllm_gpu"],
-            "--limit gpu0*:!vllm_gpu leaves no host of the group vllm_gpu",
-        ),
         (OTHER, ["--limit", "web"], "No host is in the group vllm_gpu"),
     ],
     ids=["empty group", "empty inventory", "limit", "limit without group"],
@@ -80,7 +75,8 @@ def test_hosts_that_there_are_are_left(arguments: list[str], hosts: list[str], t
     words = [word.format(folder=tmp_path) for word in arguments]
     code, said = play(ROOT / "playbooks/verify.yml", HOSTS, tmp_path, "--list-hosts", *words)
     assert code == 0, said
-    assert f"hosts ({len(hosts)}): {' '.join(hosts)}" in said
+    # In no certain order.
+    assert sorted(said.partition(f"hosts ({len(hosts)}): ")[2].split()) == hosts
     assert "WARNING" not in said
 
 

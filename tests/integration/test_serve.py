@@ -243,7 +243,8 @@ def earlier(clean_host: GpuHost) -> GpuHost:
     """A server on GPU 0 as version 0.1 set it up: the Compose project vllm, and volumes that have its name."""
     clean_host.serve(gpu_device_id=0)
     clean_host.look.check_output(
-        f"cd {DIRECTORY} && docker rm -f vllm-server && docker volume prune -fa && docker network prune -f && "
+        f"cd {DIRECTORY} && docker rm -f vllm-server && docker volume ls -q | xargs -r docker volume rm && "
+        "docker network prune -f && "
         "sed -i '/^    name: /d' docker-compose.serving.yml && rm -r .proven && "
         "sed -i 's/^COMPOSE_PROJECT_NAME=.*/COMPOSE_PROJECT_NAME=vllm/; /^VLLM_VOLUME_PREFIX=/d' .env && "
         "docker compose -f docker-compose.serving.yml up -d && "

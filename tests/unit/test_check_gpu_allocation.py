@@ -29,10 +29,11 @@ CONTAINER = "bfc284fa500f31946e814ea11ec2be4519ab476d9d25d59d353062e9757262f0"
 TENANT = 2**22 + 7  # no process can have this PID, so its name can't be read
 
 KEYS = {
-    "": "schema verdict cause code message cure expected gpus container processes other_processes",
+    "": "schema verdict cause code message cure expected gpus container processes other_processes"
+    " processes_listed notes",
     "expected": "id index uuid",
     "gpus": "index uuid pci_bus_id name memory_total_mib memory_used_mib driver_version",
-    "container": "name id status exit_code started_at image requested requested_count pids",
+    "container": "name id status health exit_code started_at image requested requested_count pids",
     "processes": "pid name gpu_uuid gpu_index memory_mib",
     "other_processes": "pid name gpu_uuid gpu_index memory_mib",
 }
@@ -135,11 +136,12 @@ class Host:
         image: str | bytes = "vllm/vllm-openai:v0.24.0",
         started: str = "2026-11-22T13:16:31.123456789Z",
         directory: object = None,
+        health: str = "",
     ) -> None:
         """Set what `docker inspect` says with the script's format; without ids GPU 1 was asked for."""
         devices = "".join(f"device {json.dumps(i)}\n" for i in ids or ("1",) if not count)
         request = f"driver {driver}\ncount {count}\n{devices}" if ids != (None,) else ""
-        head = f"id {CONTAINER}\nname /vllm-server\nstatus {status}\nexit {code}\nstarted {started}\nimage "
+        head = f"id {CONTAINER}\nname /vllm-server\nstatus {status}\nhealth {health}\nexit {code}\nstarted {started}\nimage "
         image = image.encode() if isinstance(image, str) else image
         label = f"\ndirectory {json.dumps(directory)}\n"
         self.says("docker.inspect", head.encode() + image + label.encode() + request.encode())
@@ -278,6 +280,7 @@ def test_everything_that_was_read_is_in_the_json(host: Host) -> None:
         "name": "vllm-server",
         "id": CONTAINER,
         "status": "running",
+        "health": None,
         "exit_code": None,
         "started_at": "2026-11-22T13:16:31.123456789Z",
         "image": "vllm/vllm-openai:v0.24.0",
@@ -436,6 +439,7 @@ ROW = f"0, {GPU0}, 00000000:00:06.0, 143771, 527, 580.159.04, NVIDIA H200\n"
         ("nvidia_smi_unparsable", ROW + "something else\n", 0),
         ("nvidia_smi_unparsable", ROW + ROW, 0),
         ("nvidia_smi_unparsable", ROW.replace("0, ", "x, ", 1), 0),
+        ("nvidia_smi_unparsable", "something else\n", 0),
         ("nvidia_smi_unparsable", "index, uuid\n" + ROW, 0),
     ],
 )
@@ -449,15 +453,252 @@ def test_causes_on_the_side_of_the_cards(host: Host, cause: str, text: str, rc: 
 
 
 def test_the_process_list_alone_fails(host: Host) -> None:
-    for row in (f"{GPU1}, 16911\n", f"{GPU1}, 16911, 7688\nGPU-x, , 1\n", f"{GPU1}, [N/A], 7688\n"):
-        host.says("nvidia-smi.apps", row)
+    for rc, text in ((0, f"{GPU1[:-1]}0, 16911, 7688\n"), (1, "x")):
+        host.says("nvidia-smi.apps", text, rc=rc)
         data = host.judge()
-        assert data["cause"] == "nvidia_smi_unparsable"
+        assert data["cause"] == ("nvidia_smi_failed" if rc else "nvidia_smi_unparsable")
         assert len(data["gpus"]) == 2
+        assert data["processes_listed"] is (rc == 0)  # an empty list is an answer, too
     host.says("nvidia-smi.apps", NO_DRIVER, rc=9)
     assert host.judge()["cause"] == "driver_not_loaded"
-    host.apps((GPU1[:-1] + "0", 16911, 7688))
-    assert host.judge()["cause"] == "nvidia_smi_unparsable"  # on a card that isn't in the list
+
+
+# --- Odd rows ----------------------------------------------------------------------------------------
+
+OURS = f"{GPU1}, 16911, 7688\n"
+SEES_ONE = f"GPU 0: NVIDIA H200 (UUID: {GPU1})\n"
+SEES_TWO = f"GPU 0: NVIDIA H200 (UUID: {GPU0})\nGPU 1: NVIDIA H200 (UUID: {GPU1})\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"{GPU0}, {TENANT}, ERR!",
+        f"{GPU0}, {TENANT}, [Unknown Error]",
+        f"{GPU0}, {TENANT}, 17592186044",
+        f"{GPU0}, {TENANT}",
+        f"{GPU0}, {TENANT}, 7,688 MiB",
+        f"[N/A], {TENANT}, 5",
+        f"GPU-\x1b[31m, {TENANT}, 5",
+        f"  {GPU0} ,  {TENANT} , \t",
+        f"{GPU1}, [N/A], 7688",  # on the expected card it may be whose it wants
+        f"{GPU1}, 12345678901, [N/A]",
+    ],
+)
+def test_a_row_that_is_provably_another_ones_spoils_nothing(host: Host, row: str) -> None:
+    for text in (OURS + row + "\n", row + "\n" + OURS):
+        host.says("nvidia-smi.apps", text)
+        data = host.judge()
+        assert data["verdict"] == "ok"
+        assert [p["pid"] for p in data["processes"]] == [16911]
+        assert len(data["other_processes"]) == 1
+    assert not any("exec" in call for call in host.calls)
+    assert "OK: " in host.run().text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"{GPU0}, [N/A], 7688",
+        f"{GPU0}, 12345678901, 7688",
+        f"{GPU0}, 0, 7688",
+        f"{GPU0}, -1, 5",
+        f"{GPU0}",
+        f"{GPU0}, , 5",
+        "[N/A], [N/A], [N/A]",
+        "ERR!",
+        f"{MIG}, [N/A], 5",
+        "[N/A], 16910, 5",  # its own, and who knows where
+    ],
+)
+def test_a_row_that_may_be_its_own_on_a_wrong_card_needs_a_proof(host: Host, row: str) -> None:
+    host.says("nvidia-smi.apps", OURS + row + "\n")
+    for text, rc in (
+        (SEES_TWO, 0),
+        ("", 0),
+        (SEES_ONE, 1),
+        ("OCI runtime exec failed", 127),
+        (SEES_ONE + "GPU 1: ERR!", 0),
+        (f"GPU 0: NVIDIA H200 (UUID: {GPU0})\n", 0),
+    ):
+        host.says("docker.exec", text, rc=rc)
+        data = host.judge()
+        assert (data["code"], data["cause"]) == (3, "process_unclear")
+        assert f"'{row.strip()}'" in data["message"]
+    host.says("docker.exec", SEES_ONE)
+    assert host.judge()["verdict"] == "ok"
+    host.says("nvidia-smi.apps", row + f"\n{GPU0}, 16911, 5\n")  # a wrong one stays wrong
+    assert host.judge()["cause"] == "wrong_gpu"
+
+
+def test_an_odd_row_while_it_loads(host: Host) -> None:
+    host.says("docker.exec", SEES_ONE)
+    host.says("nvidia-smi.apps", f"{GPU0}, [N/A], 7688\n")
+    assert host.judge()["cause"] == "no_process_yet"
+    host.says("nvidia-smi.apps", f"{GPU1}, [N/A], 7688\n")  # its own, or a tenant's
+    assert host.judge()["cause"] == "process_unclear"
+
+
+def test_an_instance_of_its_card_may_hold_its_own_process(host: Host) -> None:
+    card = f"GPU 0: A (UUID: {GPU1})\n"
+    mine, other = (f"  MIG 1g.18gb     Device  {n}: (UUID: {MIG[:-1]}{n})\n" for n in (4, 5))
+    host.says("nvidia-smi.-L", card + mine + other)
+    host.says("nvidia-smi.apps", f"{MIG}, 16911, 7688\n{GPU1}, [N/A], 5\n")
+    host.says("docker.exec", card + mine + other)
+    assert host.judge("--expect", MIG)["cause"] == "process_unclear"
+    assert host.judge("--expect", "1")["verdict"] == "ok"
+    host.says("docker.exec", card + mine)
+    assert host.judge("--expect", MIG)["verdict"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"0, {GPU0}, 00000000:00:06.0, ERR!, [Unknown Error], 580.159.04, NVIDIA H200",
+        f"0, {GPU0}, 00000000:00:06.0, 12345678901, , [N/A], NVIDIA, Inc., H200",
+        f"0, {GPU0}, [N/A], 143771, 0, 580.159.04, NVIDIA H200",
+        f"[N/A], {GPU0}, 00000000:00:06.0, 143771, 0, 580.159.04, NVIDIA H200",
+        "0, [N/A], 00000000:00:06.0, 143771, 0, 580.159.04, NVIDIA H200",
+        f"0, {GPU0}",
+        f"0, {GPU0}, 00000000:00:06.0, 143771, 0, 5\x1b[31m80, NVIDIA \xc2\x9b31m",
+        "0",
+        "Unable to read the name of a GPU",
+    ],
+)
+def test_an_odd_card_beside_the_expected_one(host: Host, row: str) -> None:
+    good = f"1, {GPU1}, 00000000:00:07.0, 143771, 7697, 580.159.04, NVIDIA H200"
+    for text in (f"{row}\n{good}\n", f"{good}\n{row}\n"):
+        host.says("nvidia-smi.gpus", text.encode("latin-1"))
+        for expect in ((), ("--expect", GPU1), ("--expect", "1"), ("--expect", "00:07.0")):
+            data = host.judge(*expect)
+            assert (data["verdict"], data["expected"]["uuid"]) == ("ok", GPU1)
+        assert data["gpus"][text.startswith(row)]["memory_used_mib"] == 7697
+        report = host.run().out
+        assert b"OK: " in report
+        assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", report)
+
+
+@pytest.mark.parametrize("expect", ["0", "7", GPU0, "00:06.0"])
+@pytest.mark.parametrize(
+    "row", ["[N/A], [N/A], [N/A], 1, 0, 5, H200", "something", "0, [N/A], 00000000:00:06.0"]
+)
+def test_an_odd_card_may_be_the_one_that_is_meant(host: Host, row: str, expect: str) -> None:
+    host.says("nvidia-smi.gpus", f"{row}\n1, {GPU1}, 00000000:00:07.0, 143771, 7697, 580.1, NVIDIA H200\n")
+    assert host.judge("--expect", expect)["cause"] == "nvidia_smi_unparsable"
+    host.container(expect)
+    assert host.judge()["cause"] == "nvidia_smi_unparsable"
+
+
+def test_two_cards_of_one_name_are_no_card(host: Host) -> None:
+    host.says(
+        "nvidia-smi.gpus",
+        f"1, {GPU0}, 00000000:00:07.0, 1, 0, 580.1, H200\n1, {GPU1}, 00000000:00:07.0, 1, 0, 580.1, H200\n",
+    )
+    for expect in ("1", "00:07.0"):
+        assert host.judge("--expect", expect)["code"] != 0
+    assert host.judge("--expect", GPU1)["verdict"] == "ok"
+
+
+# --- Notes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("health", "told"), [("unhealthy", True), ("healthy", False), ("", False), ("none", False)]
+)
+def test_what_docker_thinks_of_its_health(host: Host, health: str, told: bool) -> None:  # noqa: FBT001
+    host.container(health=health)
+    data = host.judge()
+    assert data["verdict"] == "ok"
+    assert data["container"]["health"] == (health if health not in ("", "none") else None)
+    assert ["docker inspect --format '{{json .State.Health}}' vllm-server" in n for n in data["notes"]] == [
+        True
+    ] * told
+    assert ("Note: " in host.run().text) == told
+
+
+def test_a_container_that_sees_more_is_told_so(host: Host) -> None:
+    host.says("docker.exec", SEES_TWO)
+    assert host.judge()["notes"] == []  # not asked
+    data = host.judge("--deep")
+    assert data["code"] == 0
+    assert len(data["notes"]) == 1
+    assert f"also sees GPU 0 (NVIDIA H200, {GPU0}) and can use it" in data["notes"][0]
+    assert "Note: vllm-server also sees GPU 0" in host.run("--deep").flat
+    host.apps((GPU0, 16911, 5))
+    assert [n.split(" (")[0] for n in host.judge("--deep")["notes"]] == ["vllm-server also sees GPU 0"]
+    host.says("docker.exec", SEES_ONE)
+    assert host.judge("--deep")["notes"] == []
+    host.says("docker.exec", "", "OCI runtime exec failed: nvidia-smi not found", rc=127)
+    assert "exit code 127: OCI runtime exec failed" in host.judge("--deep")["notes"][0]
+
+
+def test_instances_that_the_container_sees(host: Host) -> None:
+    card = f"GPU 0: A (UUID: {GPU1})\n"
+    mine, other = (f"  MIG 1g.18gb     Device  {n}: (UUID: {MIG[:-1]}{n})\n" for n in (4, 5))
+    host.says("nvidia-smi.-L", card + mine + other)
+    host.apps((MIG, 16911, 7688))
+    host.says("docker.exec", card + mine)
+    assert host.judge("--deep", "--expect", MIG)["notes"] == []
+    host.says("docker.exec", card + mine + other)
+    assert f"{MIG[:-1]}5" in host.judge("--deep", "--expect", MIG)["notes"][0]
+    assert host.judge("--deep", "--expect", "1")["notes"] == []  # both are on that card
+
+
+def test_where_no_processes_are_listed(host: Host) -> None:
+    host.apps()
+    data = host.judge()
+    assert (data["cause"], data["processes_listed"]) == ("no_process_yet", True)
+    assert "although 7697 MiB of GPU 1 are in use" in data["notes"][0]
+    host.apps((GPU0, TENANT, 5))
+    assert host.judge()["notes"] == []
+    host.cards()
+    host.apps()
+    assert host.judge()["notes"] == []
+
+
+# --- Who could have written what was proven ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", [".", "..", ".proven", ".proven/current", ".proven/7", ".proven/7/gpu", "the/gpu"]
+)
+@pytest.mark.parametrize("how", ["group", "others", "owner"])
+def test_a_record_that_others_can_change_is_ignored(host: Host, path: str, how: str) -> None:
+    project = host.path / "top/project"
+    for folder in (project / ".proven/7", project / "the"):
+        folder.mkdir(parents=True)
+    (project / "the/gpu").write_text(f"1 {GPU0}\n")
+    (project / ".proven/7/gpu").symlink_to("../../the/gpu")
+    (project / ".proven/current").symlink_to(project / ".proven/7")
+    host.container(directory=str(project))
+    assert host.judge()["cause"] == "gpu_drifted"
+    if how == "owner":
+        if os.getuid():
+            pytest.skip("only root can give a file away")
+        os.chown(project / path, 12345, -1, follow_symlinks=False)
+    elif (project / path).is_symlink():
+        pytest.skip("a link has no mode")
+    else:
+        (project / path).chmod((project / path).stat().st_mode | (0o020 if how == "group" else 0o002))
+    data = host.judge()
+    assert data["verdict"] == "ok"
+    assert len(data["notes"]) == 1
+    assert f"{project}/.proven/current/gpu is ignored" in data["notes"][0]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to itself", "a link to /dev/zero"])
+def test_a_record_that_never_ends_or_is_none(host: Host, kind: str) -> None:
+    gpu = host.path / "project/.proven/current/gpu"
+    proven(host, f"1 {GPU0}\n")
+    gpu.unlink()
+    if kind == "a pipe":
+        os.mkfifo(gpu)
+    elif kind == "a folder":
+        gpu.mkdir()
+    else:
+        gpu.symlink_to("gpu" if kind == "a link to itself" else "/dev/zero")
+    data = host.judge()
+    assert (data["verdict"], data["notes"]) == ("ok", [])
 
 
 SOCKET = "unix:///var/run/docker.sock"
@@ -719,9 +960,60 @@ def test_calls_are_few_and_run_side_by_side(host: Host) -> None:
     assert len(host.calls) == 4
 
 
+FLOOD = "while :; do printf '%065536d'; done"
+FLOODS = (
+    (FLOOD, 60),
+    (FLOOD + " >&2", 60),
+    (f"trap '' PIPE TERM; {FLOOD}", 2),
+    ("printf 'a\\0b\\0c\\0' >&2; false", 60),
+)
+
+
+@pytest.mark.parametrize(("how", "limit"), FLOODS)
+def test_a_call_prints_without_end(tmp_path: Path, how: str, limit: int) -> None:
+    """As much as it likes, on either stream: the memory stays small, and the end doesn't wait for the deadline."""
+    for side, call in (
+        ("docker", "inspect"),
+        ("docker", "top"),
+        ("nvidia-smi", "gpus"),
+        ("nvidia-smi", "apps"),
+    ):
+        host = Host(tmp_path / call)
+        host.says(f"{side}.{call}", before=how, rc=1)
+        done = subprocess.run(
+            ["/bin/bash", "-c", 'ulimit -v 200000; exec "$0" --json --timeout "$1"', SCRIPT, str(limit)],
+            env={"PATH": f"{host.path}:/usr/bin:/bin"},
+            capture_output=True,
+            timeout=45,
+            check=False,
+        )
+        cause = Result(done.returncode, done.stdout, done.stderr.decode()).json["cause"]
+        assert cause.removeprefix(side.replace("-", "_")) in (
+            ["_unparsable"] if limit == 60 else ["_unparsable", "_timeout"]
+        )
+
+
+def test_a_long_text_is_cut(host: Host) -> None:
+    host.says("nvidia-smi.gpus", "", '\\"' * 99_000, rc=1)
+    assert len(host.judge()["message"]) < 1000
+    assert len(host.run("--expect", "é" * 40_000).err) < 5000
+    host.cards()
+    host.container('\\"' * 20_000, image="é" * 50_000)
+    start = time.monotonic()
+    assert len(host.run().out) < 20_000
+    assert host.judge()["cause"] == "requested_gpu_missing"
+    assert len(host.run("--json").out) < 20_000
+    assert time.monotonic() - start < 20
+
+
 # --- What others may be called -----------------------------------------------------------------------
 
+# C0 (but the report's own line breaks), and C1: as UTF-8, or as a byte that is part of no character.
+CONTROL = rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2[\x80-\x9f]|(?<![\x80-\xff])[\x80-\x9f]"
 HOSTILE = [
+    "\x9b31mred\x9d0;owned\x9c\u0085",
+    b"\x9b31mred \xc3\x9b \x9d0;owned\x07",
+    "tab\there",
     'a"b\\c',
     "a, b, 99",
     f"x\n{GPU0}, 16911, 5",
@@ -745,7 +1037,28 @@ def test_hostile_names(host: Host, name: str | bytes) -> None:
         assert data["processes"][0]["name"] == name.replace("\n", "?")
     else:
         assert "\ufffd" in data["processes"][0]["name"]
-    assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", host.run().out)
+    assert not re.search(CONTROL, host.run().out)
+
+
+@pytest.mark.parametrize("rc", [0, 1])
+def test_control_characters_are_shown_wherever_they_come_from(host: Host, rc: int) -> None:
+    bad = "\x1b]0;owned\x07\t\x7f \x9b31m"
+    assert not re.search(CONTROL, host.run("--expect", bad).err.encode().replace(b"\n", b""))
+    host.container(f"9{bad}", image=f"i{bad}", directory=f"/d{bad}")
+    host.cards(name=f"H200 {bad}")
+    host.says("docker.exec", "", f"exec {bad}", rc=1)
+    for call in ("docker.inspect", "docker.top", "nvidia-smi.gpus", "nvidia-smi.apps", ""):
+        kept = (host.path / call).read_bytes() if call else b""
+        if call:
+            host.says(call, f"out {bad}\n", f"err {bad}\n", rc=rc)
+        for args in (("--deep",), ("--deep", "--json", "--expect", "1")):
+            result = host.run(*args)
+            assert not re.search(CONTROL, result.out + result.err.encode())
+        if call:
+            host.says(call, kept)
+    host.cards(name="H200 \x1b[31m")
+    assert "H200 \\u001b[31m" in host.run().text
+    assert host.judge()["gpus"][0]["name"] == "H200 \x1b[31m"
 
 
 def test_valid_utf8_is_kept_and_only_the_rest_replaced(host: Host) -> None:
@@ -980,6 +1293,9 @@ def test_secrets_are_never_asked_for(host: Host) -> None:
         "{{.Id}}",
         "{{.Name}}",
         "{{.State.Status}}",
+        '{{with index .State "Health"}}',
+        "{{.Status}}",
+        "{{end}}",
         "{{.State.ExitCode}}",
         "{{.State.StartedAt}}",
         "{{.Config.Image}}",

@@ -213,6 +213,7 @@ def test_what_nobody_taught_it_is_refused(host: LightHost) -> None:
         ('{"id":{{json .Id}},"r":{{json .Requests}}}', '{"id":"a\\"b","r":[{"Ids":["0","1"]},{"Ids":null}]}'),
         ("{{range .Requests}}<{{range .Ids}}{{.}};{{end}}>{{end}}.", "<0;1;><>."),
         ('{{json (index .Labels "x.y")}} {{index .Labels "none"}}', '"z" '),
+        ('{{with index .Labels "x.y"}}<{{.}}>{{end}}{{with index .Labels "none"}}{{.No}}{{end}}.', "<z>."),
         ('{{join .Words " "}} {{.On}} {{.Words}}', "a b true [a b]"),
     ],
 )

@@ -39,6 +39,14 @@ def test_a_mig_instance_has_no_memory_of_a_whole_card() -> None:
     assert gpu["card_uuid"] == UUIDS[1]  # by which the card may be set aside
 
 
+@pytest.mark.parametrize("index", [None, 1])
+def test_a_card_whose_row_is_odd_is_not_taken_for_another(index: int | None) -> None:
+    odd = {"index": index, "uuid": None, "name": None}
+    right = {"index": index, "uuid": UUIDS[1], "name": "Card"}
+    verdict = {"gpus": [odd, right], "expected": {"id": UUIDS[1], "index": index, "uuid": UUIDS[1]}}
+    assert server.find_gpu(UUIDS[1], verdict) == right
+
+
 @given(st.one_of(st.text(), st.from_regex(r"[0-9 ,.\-]{1,6}"), st.sampled_from(UUIDS).map(str.upper)))
 @example("01")
 @example(" 1")
