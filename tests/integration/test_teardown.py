@@ -187,7 +187,7 @@ def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[
                     os.kill(one, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("moment", ["Remember what is there]", "Bring the server up]"])
+@pytest.mark.parametrize("moment", ["Clear earlier results]", "Bring the server up]"])
 def test_a_play_that_stalled_leaves_the_server_of_the_next_one_alone(
     served: GpuHost, tmp_path: Path, moment: str
 ) -> None:
