@@ -118,7 +118,7 @@ finish() { # HANDLE: sets $out, $err and $rc; rc is 124 when the time was up
   local fd=${1% *}
   out='' err='' rc=''
   if IFS= read -r -d '' -n "$MOST" -t $((limit + 2)) -u "$fd" err && ((${#err} < MOST)) &&
-    IFS= read -r -d '' -t 9 -u "$fd" out && IFS= read -r -d '' -t 1 -u "$fd" rc; then
+    IFS= read -r -d '' -t 9 -u "$fd" out && IFS= read -r -d '' -t 9 -u "$fd" rc; then
     [[ $rc =~ ^[0-9]{1,3}$ ]] || rc=$UNREADABLE
   else
     kill "${1#* }" 2>/dev/null
