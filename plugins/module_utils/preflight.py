@@ -150,10 +150,9 @@ def check_memory(asked: Asked) -> Optional[str]:
 
 def is_called(gpu: Mapping[str, Any], name: str) -> bool:
     """Return whether `name` is an index, UUID or PCI bus id (with or without its domain) of a card or MIG instance."""
-    bus = gpu["pci_bus_id"].lower()
-    return name.lower() in (
-        str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", gpu["uuid"]).lower(), bus, bus[4:], bus.split(":", 1)[1]
-    )  # fmt: skip
+    bus = str(gpu["pci_bus_id"] or "").lower()  # nvidia-smi may show an odd one
+    names = {str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", gpu["uuid"]).lower(), bus, bus[4:]}
+    return name.lower() in (names | {bus.partition(":")[2]}) - {""}
 
 
 def check_training_ids(asked: Asked) -> Optional[str]:
@@ -438,7 +437,7 @@ def check_listing(asked: Asked) -> Optional[str]:
     state = asked.state
     found, verdict = state["container"], state["referee"]
     seen = verdict["processes"] or verdict["other_processes"]
-    if seen or not found or not state["serving"]:
+    if seen or not verdict["processes_listed"] or not found or not state["serving"]:
         return None
     return (
         "nvidia-smi lists no process on any GPU of this host, although {0} is at work and answers: whichever card a "

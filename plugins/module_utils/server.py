@@ -56,7 +56,17 @@ _HOST_CAUSES = (
 )
 # Of these, the engine may only be restarting.
 _ENGINE_AWAY = ("docker_timeout", "engine_not_running")
-_VERDICT = ("verdict", "code", "cause", "message", "cure", "notes", "processes", "other_processes")
+_VERDICT = (
+    "verdict",
+    "code",
+    "cause",
+    "message",
+    "cure",
+    "notes",
+    "processes",
+    "other_processes",
+    "processes_listed",
+)
 # What people put into .env for the server itself; only keys that the compose file names get there.
 _FOR_THE_SERVER = re.compile(
     r"(HF|VLLM|CUDA|NCCL|TORCH|TRANSFORMERS|NVIDIA|OMP)_|(HTTPS?|NO|ALL)_PROXY\Z", re.IGNORECASE
@@ -95,7 +105,8 @@ class FileChange(NamedTuple):
 
 def describe(gpus: Sequence[Mapping[str, Any]]) -> str:
     """Say which cards there are: `0 (NVIDIA GeForce RTX 5090, GPU-…) or 1 (…)`."""
-    return " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in gpus)
+    shown = ({key: "?" if value is None else value for key, value in gpu.items()} for gpu in gpus)
+    return " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in shown)
 
 
 def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:

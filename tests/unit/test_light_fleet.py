@@ -24,9 +24,7 @@ from light_host import IMAGE, Container, read_json
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "molecule/simulated_host/cards.json"
 REFEREE = ROOT / "scripts/check_gpu_allocation.sh"
-PROJECT = (
-    "--project-name vllm-gpu --project-directory /opt/vllm-gpu --file docker-compose.serving.yml --env-file .env"
-)
+PROJECT = "--project-name vllm-gpu --project-directory /opt/vllm-gpu --file docker-compose.serving.yml --env-file .env"
 UP = f"cd /opt/vllm-gpu && docker compose --ansi never --progress plain {PROJECT} up --detach --pull never"
 
 
@@ -160,7 +158,7 @@ def test_up_and_down_say_what_the_real_ones_said(host: LightHost) -> None:
     assert host.served_gpu() == [0]
     as_json = host.run(UP.replace("--progress plain", "--progress json"))
     assert json.loads(as_json.stdout.splitlines()[0]) == {"id": "Container vllm-server", "status": "Recreate"}
-    down = host.run("docker compose --project-name other down; docker compose --project-name vllm down")
+    down = host.run("docker compose --project-name other down; docker compose --project-name vllm-gpu down")
     assert 'No resource found to remove for project "other"' in down.stdout
     assert words("Stopping Stopped Removing Removed") in down.stdout
     assert host.run("docker inspect --type container --format x vllm-server").stdout == (
@@ -343,7 +341,7 @@ def test_a_port_that_another_program_has_is_refused(host: LightHost) -> None:
     assert failed.returncode == 1
     assert "bind: address already in use" in failed.stdout
     assert host.run(UP).returncode == 0
-    assert host.run("docker compose --project-name vllm down").returncode == 0
+    assert host.run("docker compose --project-name vllm-gpu down").returncode == 0
     assert is_free(host.port)
 
 
