@@ -429,7 +429,8 @@ def test_a_project_that_is_somebody_elses(
 @pytest.mark.parametrize("who", ["processes", "other_processes"])
 def test_a_driver_that_lists_no_process(who: str, serving: bool, listed: list[int], fine: bool) -> None:  # noqa: FBT001
     state = {
-        "container": {"id": "c"}, "serving": serving, "referee": {"processes_listed": True, "processes": [], "other_processes": [], who: listed},
+        "container": {"id": "c"}, "serving": serving,
+        "referee": {"processes_listed": True, "processes": [], "other_processes": [], who: listed},
     }  # fmt: skip
     problem = preflight.check_listing(asked(state=state))
     assert (problem is None) == fine
