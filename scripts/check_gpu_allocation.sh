@@ -324,14 +324,14 @@ bus_number() { # PCI BUS ID, with or without its domain: sets $REPLY to a form t
 # find_card ID: sets $REPLY to the UUID of the card or MIG instance that it names. As for NVIDIA's runtime, the
 # beginning of a UUID is enough. Ends with 2 where two cards have that name: who knows which one is meant?
 find_card() {
-  local wanted=${1#nvidia.com/gpu=} n bus uuid='' found=0 start=''
+  local wanted=${1#nvidia.com/gpu=} n bus uuid='' found=0 prefix=''
   bus_number "$wanted"
   bus=$REPLY
-  [[ ! ${wanted,,} =~ ^gpu-[0-9a-f]{8}[0-9a-f-]*$ ]] || start=${wanted,,}
+  [[ ! ${wanted,,} =~ ^gpu-[0-9a-f]{8}[0-9a-f-]*$ ]] || prefix=${wanted,,}
   for n in "${!gpu_uuid[@]}"; do
     bus_number "${gpu_bus[n]}"
     if [[ $wanted == "${gpu_index[n]:-?}" || ${wanted,,} == "${gpu_uuid[n],,}" ||
-      ($start && ${gpu_uuid[n],,} == "$start"*) || ($bus && $bus == "$REPLY") ]]; then
+      ($prefix && ${gpu_uuid[n],,} == "$prefix"*) || ($bus && $bus == "$REPLY") ]]; then
       found=$((found + 1)) uuid=${gpu_uuid[n]}
     fi
   done
@@ -555,7 +555,8 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
       find_card "$one"
       found=$?
       if ((found)) && { ((found == 2)) || ! is_id "$one"; }; then
-        why=requested_gpu_unclear sentence="was asked for GPU '$one', a spelling that this script can't match with one GPU."
+        why=requested_gpu_unclear
+        sentence="was asked for GPU '$one', a spelling that this script can't match with one GPU."
         next="Set device_ids to its index or its whole UUID (for a MIG instance: MIG-…), as 'nvidia-smi -L' lists it; "
         next+='or name it with --expect.'
       elif ((found)) && mig_problem "$one"; then
@@ -645,7 +646,8 @@ judge_processes() {
     elif [[ ! $uuid ]]; then
       maybe=${app_row[n]} unclear=$maybe
     elif [[ ! ${slot_of[$uuid]+known} ]]; then
-      mig_problem "$uuid" || problem nvidia_smi_unparsable "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
+      mig_problem "$uuid" || problem nvidia_smi_unparsable \
+        "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
         "Run this again; if it stays, compare 'nvidia-smi -L'."
       return
     elif part_of_place "$uuid"; then

@@ -452,6 +452,10 @@ def test_an_instance_that_may_be_unlisted_is_not_called_missing(
         assert len([call for call in host.calls if call.startswith("nvidia-smi -L")]) == 1
     host.container(MIG)
     assert f"'{MIG}' = not known" in host.run().flat
+    host.says("nvidia-smi.apps", listing, rc=rc)
+    if rc:  # both calls fail in the same way: told once
+        assert "Also:" not in host.judge("--expect", MIG)["message"]
+    host.apps((MIG, 16911, 7688))
     host.container("7")
     assert host.judge()["cause"] == "requested_gpu_missing"
     assert "'7' = no GPU of this machine" in host.run().flat
