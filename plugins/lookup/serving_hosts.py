@@ -72,13 +72,21 @@ class LookupModule(LookupBase):  # type: ignore[misc]
                 raise AnsibleError(
                     f"--limit {limit} leaves no host of the group {pattern} (inventory: {sources}), so nothing was done."
                 )
-        exported = sorted(filter(_BY_HAND.match, os.environ))
+        exported = without_effect()
         if exported:
-            display.warning(
-                f"{', '.join(exported)} is exported here and has no effect: a play takes its settings from the "
-                "inventory and from -e, such as -e gpu_device_id=1."
-            )
+            display.warning(exported)
         return terms
+
+
+def without_effect() -> str:
+    """Say which settings are exported here in vain; nothing where none are."""
+    exported = sorted(filter(_BY_HAND.match, os.environ))
+    if not exported:
+        return ""
+    return (
+        f"{', '.join(exported)} is exported here and has no effect: a play takes its settings from the "
+        "inventory and from -e, such as -e gpu_device_id=1."
+    )
 
 
 def _shown(source: object) -> str:

@@ -58,9 +58,11 @@ def waves_of(count: int, sizes: Iterable[object]) -> int:
 
 def card_in_use(look: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the card that the server's processes hold by a look at the host, or None."""
-    held = {process["gpu_uuid"] for process in look["referee"]["processes"] or []}
+    processes = look["referee"]["processes"] or []
+    # The UUID may be that of a MIG instance, which is in no list of cards; the index is its card's.
+    held = {process.get(key) for process in processes for key in ("gpu_uuid", "gpu_index")} - {None}
     for gpu in look["gpus"]:
-        if gpu["uuid"] in held:
+        if gpu["uuid"] in held or gpu["index"] in held:
             return {key: gpu[key] for key in ("index", "uuid", "name")}
     return None
 
@@ -91,6 +93,7 @@ class Host:
     right: bool = False
     touched: bool = False
     proven: bool = False
+    verified: bool = False
     back: bool = False
     lost: bool = False
     failed: bool = False
@@ -110,8 +113,9 @@ class Host:
         if self.failed:
             return "rolled_back" if self.back else "failed"
         if self.touched:
-            # A host whose change was cut off is no success, whatever Ansible counted.
-            return "changed" if self.proven else "failed"
+            # A host whose change was cut off is no success, whatever Ansible counted; nor is one that was
+            # about to be recorded when Ansible was killed.
+            return "changed" if self.proven and (self.ended or self.verified) else "failed"
         return "already_right" if self.right else "untouched"
 
     def enter(self, phase: str, at: datetime) -> bool:
@@ -170,6 +174,8 @@ class Rollout:
         self.waves: list[dict[str, Any]] = []
         self.to_change: list[str] = []
         self.expected_waves = 0
+        # Whether Ansible ended with an error that is none of a host's.
+        self.broken = False
         self.ended: datetime | None = None
 
     def feed(self, event: Event) -> None:
@@ -210,8 +216,11 @@ class Rollout:
         phase = self._phase(data, host)
         if phase and host.enter(phase, at):
             self.notify("phase", host=host)
-        if data["task_action"].endswith(".server_up") and host.before and not host.down_since:
-            host.down_since = at
+        if data["task_action"].endswith(".server_up"):
+            # It may be cut off before it can say what it changed.
+            host.touched = host.touched or bool(host.wave)
+            if host.before and not host.down_since:
+                host.down_since = at
 
     @staticmethod
     def _phase(data: Event, host: Host) -> str:
@@ -233,7 +242,7 @@ class Rollout:
         if host.wave and result.get("changed"):
             host.touched = True
             if host.phase in ("configure", "deploy"):
-                host.proven = False  # what was proven until now is being replaced
+                host.proven = host.verified = False  # what was proven until now is being replaced
         if "referee" in result and "proven" in result:
             self._look(host, result, at)
 
@@ -252,6 +261,7 @@ class Rollout:
             host.wanted = look["gpu"]
         host.after = card_in_use(look)
         host.proven = bool(look["proven"])
+        host.verified = host.proven and bool(look["recorded"]) and host.phase != "rollback"
         if host.proven and host.phase == "rollback":
             host.back = True
         if host.proven and host.down_since and host.down_for is None:
@@ -270,7 +280,7 @@ class Rollout:
             if result.get("module_stderr"):  # no module ran: sudo is missing, or Python
                 error += f"\n{str(result['module_stderr']).strip()}\n{WAY}"
             host.error = without(self.secrets, error)
-            host.touched = host.touched or bool(host.wave and data["task_action"].endswith(".server_up"))
+            host.verified = False
 
     def _runner_on_unreachable(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
@@ -299,7 +309,7 @@ class Rollout:
             return "running"
         if any(totals[one] for one in ("failed", "rolled_back", "refused", "unreachable")):
             return "failed" if any(host.wave for host in self.hosts.values()) else "refused"
-        if totals["untouched"]:
+        if totals["untouched"] or self.broken:
             return "stopped" if stopped else "failed"
         return "done"
 
@@ -346,6 +356,8 @@ class Rollout:
             return f"{right} of {n_hosts(len(self.hosts))} {'is' if right == 1 else 'are'} proven so far."
         if outcome == "stopped":
             return f"Stopped as asked: {n_hosts(right)} {'is' if right == 1 else 'are'} proven. {left}"
+        if not lost and not untouched:
+            return f"Ansible ended with an error, though each host was proven before: {n_hosts(right)}."
         if not lost:
             return f"It ended before all hosts had their turn. {left}"
         wave = max((host.wave or 0) for host in lost)

@@ -12,28 +12,34 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
+import yaml
 from ansible.errors import AnsibleError
 from ansible.inventory.manager import InventoryManager, split_host_pattern
 from ansible.parsing.dataloader import DataLoader
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.outgoing import SECRET_NAME
 
 from fleet.text import visible
 
-# Names of secrets. Numbers of tokens, and their tokenizer, are none.
-SECRET = re.compile(
-    r"passw|passphrase|pass(?![a-z])|(^|_)pwd(?![a-z])|secret|credential|bearer|authorization|"
-    r"(api|access|auth|private)[_-]?key|token(?!s|ize)|(api|access|auth)[_-]?tokens",
+# Names of secrets: those of the role, and what people type. Numbers of tokens, and their tokenizer, are none.
+_SECRET = re.compile(
+    rf"{SECRET_NAME.pattern}|pass(?![a-z])|(^|_)pwd(?![a-z])|bearer|authorization|auth_?key|token(?!s|ize)|"
+    r"(api|access|auth)_?tokens",
     re.IGNORECASE,
 )
-# In a text: an option or a variable that is given a secret, and a URL with a password. (An image's digest is none.)
+# In a text: an option or a variable, and what it is given. (An image's tag, after a slash and a name, is nothing given.)
 _GIVEN = re.compile(
-    rf"(?<![\w/-])--?[\w-]*(?:{SECRET.pattern})[\w-]*[=\s]\s*\S"
-    rf"|(?:{SECRET.pattern})[\w-]*[\"']?\s*[=:]\s*\S"
-    r"|://[^/\s]*@|(?<![^\s/@:])[^\s/@:]+:[^\s/@]+@(?!sha\d+:)",
+    r"""((?<![\w/-])--?[\w-]++(?=["']?\s)|(?<![\w-])[\w-]++(?=["']?\s*=)|(?<![\w/-])[\w-]++(?=["']?\s*:))"""
+    r"""(?=["']?\s*[=:]?\s*(?:(?:bearer|basic)\s+)?("[^"]*"|'[^']*'|\S+))""",
     re.IGNORECASE,
 )
+# A name and a password, or a token, before a host. (An image's digest is none.)
+_LOGIN = re.compile(r"://([^/\s]*)@|(?<![^\s/@:])([^\s/@:]+:[^\s/@]+)@(?!sha\d+:)")
+_LAST_OPTION = re.compile(r"(?<![\w/-])--?[\w-]+(?=[\s=]*\Z)")
 _WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
 _DEEPEST = 20
 # Of a word that is quoted in a message; characters.
@@ -115,8 +121,12 @@ def _pairs(word: str) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
+def _is_secret(name: str) -> bool:
+    return bool(_SECRET.search(name.replace("-", "_")))
+
+
 def _shown(word: str) -> str:
-    if SECRET.search(word) or _GIVEN.search(word):
+    if any(map(_is_secret, re.findall(r"[\w-]+", word))) or _LOGIN.search(word):
         return "(hidden)"
     return word if len(word) < _LONGEST else f"{word[:_LONGEST]}…"
 
@@ -130,6 +140,8 @@ def check_values(values: dict[str, Any]) -> None:
                 """-e "KEY='--a=1 --b=2'"."""
             )
     _check("", values)
+    for name, _secret in _secrets("", values):
+        raise Usage(f"{name} looks like a secret or holds one, {_SAFER}")
     if "vllm_gpu_waves" in values:
         wave_sizes("-e vllm_gpu_waves", values["vllm_gpu_waves"])
 
@@ -140,18 +152,13 @@ def _check(name: str, value: object, depth: int = 0) -> None:
         raise Usage(f"-e: the value of {name} is nested deeper than {_DEEPEST} levels.")
     if isinstance(value, dict):
         for key, one in value.items():
-            if SECRET.search(key):
-                raise Usage(f"{key} looks like a secret, {_SAFER}")
-            _check(key, one, depth + 1)
             _check(name or key, key, depth + 1)
+            _check(name or key, one, depth + 1)
     elif isinstance(value, list):
         for one in value:
             _check(name, one, depth + 1)
-    elif isinstance(value, str):
-        if _GIVEN.search(value):
-            raise Usage(f"The value of {name} holds what looks like a password or another secret, {_SAFER}")
-        if visible(value) != value:
-            raise Usage(f"-e: the value of {name} holds control characters.")
+    elif isinstance(value, str) and visible(value) != value:
+        raise Usage(f"-e: the value of {name} holds control characters.")
 
 
 def check_files(files: Iterable[str]) -> list[str]:
@@ -166,22 +173,66 @@ def check_files(files: Iterable[str]) -> list[str]:
         with contextlib.suppress(AnsibleError, ValueError, RecursionError), _quiet():
             found = DataLoader().load_from_file(file)
             if isinstance(found, dict):
-                secrets += _secrets(found)
+                secrets += [secret for _name, secret in _secrets("", found)]
                 continue
         # Not Ansible's own words: they quote the file, secrets included.
         raise Usage(f"-e @{file}: it holds no variables, as YAML or JSON.")
     return secrets
 
 
-def _secrets(value: object, *, named: bool = False) -> Iterator[str]:
+def _secrets(name: str, value: object, *, named: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the secrets in a value, each with the name of the variable or key that holds it."""
     if isinstance(value, dict):
+        pair = _names_a_secret(value)
         for key, one in value.items():
-            yield from _secrets(one, named=named or bool(SECRET.search(str(key))))
-    elif isinstance(value, list):
-        for one in value:
-            yield from _secrets(one, named=named)
-    elif named and isinstance(value, (str, int)) and not isinstance(value, bool):
-        yield str(value)
+            given = pair and str(key).lower() == "value"
+            # A key that holds a secret itself must not be repeated.
+            yield from ((name or "A variable", secret) for secret in _given(str(key)))
+            yield from _secrets(str(key), one, named=named or given or _is_secret(str(key)))
+    elif isinstance(value, (list, tuple)):
+        for before, one in zip([None, *value], value, strict=False):
+            option = _LAST_OPTION.search(before) if isinstance(before, str) else None
+            yield from _secrets(name, one, named=named or bool(option and _is_secret(option[0])))
+    # Not what is encrypted: it has no text yet.
+    elif isinstance(value, (str, int, float, date)) and not isinstance(value, bool):
+        text = str(value)
+        if named:
+            yield name, text
+        yield from ((name, secret) for secret in _given(text))
+        inner = _structure(text)
+        if inner is not None:
+            yield from _secrets(name, inner, named=named)
+
+
+def _names_a_secret(entry: dict[Any, Any]) -> bool:
+    """Whether it is such as {name: HF_TOKEN, value: …}."""
+    return any(
+        isinstance(one, str) and re.fullmatch(r"[\w-]+", one) and _is_secret(one)
+        for key, one in entry.items()
+        if str(key).lower() != "value"
+    )
+
+
+def _given(text: str) -> Iterator[str]:
+    """Yield what a text gives to an option or a variable that is a secret's, and logins before a host."""
+    for name, given in _GIVEN.findall(text):
+        if _is_secret(name):
+            # With the end of what may surround it, and without.
+            yield from dict.fromkeys([given, given.strip("\"',;]}")])
+    for one, other in _LOGIN.findall(text):
+        login = one or other
+        spelled = [login, login.partition(":")[2] or login]
+        yield from dict.fromkeys([*spelled, *map(unquote, spelled)])
+
+
+def _structure(text: str) -> list[Any] | dict[Any, Any] | None:
+    """Return the list or object that a text spells; None where it is another text."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+        found = yaml.safe_load(text)
+        return found if isinstance(found, (list, dict)) else None
+    return None
 
 
 def wave_sizes(option: str, asked: object) -> list[int | str]:

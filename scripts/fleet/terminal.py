@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -92,7 +92,7 @@ class Lines:
             SIGNS[outcome][0],
         )
 
-    def check(self, change: list[Host], right: int, refused: list[Host]) -> None:
+    def check(self, change: list[Host], right: int, refused: list[Host], unread: Sequence[str] = ()) -> None:
         """Say what a roll-out would do."""
         for host in change:
             self.say(
@@ -104,6 +104,8 @@ class Lines:
         names = ": " + ", ".join(host.name for host in refused) if refused else ""
         changing = f"{n_hosts(len(change))} {'changes' if len(change) == 1 else 'change'}"
         self.say(f"{changing}, {right} already right, {len(refused)} would be refused{names}", "bold")
+        if unread:
+            self.say(f"Not checked, so that nobody knows: {', '.join(unread)}", "bold red")
 
     def end(self, report: dict[str, Any]) -> None:
         """Say what became of it: each host that is not right, then the whole."""
@@ -219,13 +221,14 @@ class Events(Lines):
             waves=self.rollout.expected_waves,
         )
 
-    def check(self, change: list[Host], right: int, refused: list[Host]) -> None:
+    def check(self, change: list[Host], right: int, refused: list[Host], unread: Sequence[str] = ()) -> None:
         """Say what a roll-out would do."""
         self.put(
             "check",
             to_change=[host.name for host in change],
             already_right=right,
             refused={host.name: host.error for host in refused},
+            not_checked=list(unread),
         )
 
     def on_wave(self, number: int, of: int) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
+
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import outgoing
 
 # What a terminal obeys, what turns the direction of the text around, and what no page can hold.
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
-# What is shorter can't be hidden: the text would be full of holes.
-_SHORTEST_SECRET = 4
 
 
 def visible(text: str) -> str:
@@ -29,8 +30,12 @@ def visible_in(value: Any) -> Any:  # noqa: ANN401
 
 
 def without(secrets: Iterable[str], text: str) -> str:
-    """Return the text with these values hidden, the longest first: one may be a part of another."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, "(hidden)")
+    """Return the text with these values hidden, in any spelling."""
+    for spelling in _spellings(tuple(secrets)):
+        text = text.replace(spelling, "(hidden)")
     return text
+
+
+@lru_cache(maxsize=1)  # a roll-out has the same ones from its beginning to its end
+def _spellings(secrets: tuple[str, ...]) -> list[str]:
+    return outgoing.spellings(secrets)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fleet.progress import CHANGING, Rollout, waves_of
+from fleet.progress import CHANGING, Rollout, card_in_use, waves_of
 
 ROLE = "/x/roles/vllm_gpu/tasks"
 CARDS = [{"index": n, "uuid": f"GPU-{n}", "name": f"Card {n}"} for n in (0, 1)]
@@ -175,6 +175,59 @@ def test_a_change_that_was_cut_off_is_no_success(feed: Feed) -> None:
     feed.task("a", "remember", "server_info", **look(0, proven=True))
     feed.task("a", "configure", "server_files", changed=True)
     assert feed.end()["a"] == "failed"
+
+
+def test_a_killed_ansible_leaves_no_success_but_what_was_recorded_and_verified(feed: Feed) -> None:
+    """No stats come then, and no other play begins."""
+    feed.plan("a", "b", "c")
+    feed.wave()
+    for host in "abc":
+        feed.change(host)
+    feed.task("a", "verify", "server_info", **look(1, proven=True, recorded=True))
+    feed.task("b", "verify", "server_info", **look(1, proven=True, recorded=True))
+    feed.task("b", "verify", "fail", "failed", msg="Another GPU.")
+    assert [host.outcome for host in feed.rollout.hosts.values()] == ["changed", "failed", "failed"]
+    assert feed.rollout.outcome() == "failed"
+
+
+def test_a_server_that_ran_again_as_before_was_not_changed(feed: Feed) -> None:
+    feed.plan("a")
+    feed.wave()
+    feed.fail("a", back=True)
+    feed.task("a", "restore", "wait_for_server", **look(0, proven=True, recorded=True))
+    assert feed.rollout.hosts["a"].outcome == "failed"
+
+
+def test_what_was_cut_off_while_the_server_was_replaced_was_touched(feed: Feed) -> None:
+    feed.plan("a")
+    feed.wave()
+    where = {"task_path": f"{ROLE}/deploy.yml:3", "task_action": "mlops.vllm_gpu.server_up"}
+    feed.put("runner_on_start", host="a", **where)
+    assert feed.rollout.hosts["a"].outcome == "failed"
+
+
+@pytest.mark.parametrize(("stopped", "outcome"), [(False, "failed"), (True, "stopped")])
+def test_an_ansible_that_failed_makes_no_good_roll_out(feed: Feed, stopped: bool, outcome: str) -> None:  # noqa: FBT001
+    feed.plan(right="abc")
+    feed.rollout.broken = True
+    report = feed.rollout.report(stopped=stopped)
+    assert report["outcome"] == outcome
+    assert "3 hosts" in report["message"]
+
+
+@pytest.mark.parametrize(
+    ("process", "card"),
+    [
+        ({"gpu_uuid": "MIG-1", "gpu_index": 1}, 1),  # an instance of card 1
+        ({"gpu_uuid": "GPU-1", "gpu_index": None}, 1),
+        ({"gpu_uuid": "MIG-1", "gpu_index": None}, None),
+        ({"gpu_uuid": None, "gpu_index": None}, None),
+    ],
+)
+def test_the_card_in_use(process: dict[str, Any], card: int | None) -> None:
+    odd = {"index": None, "uuid": None, "name": None}
+    found = card_in_use(look(0, gpus=[odd, *CARDS], referee={"processes": [process]}))
+    assert (found and found["index"]) == card
 
 
 def test_lost_in_the_middle(feed: Feed) -> None:

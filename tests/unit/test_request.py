@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fleet import request
 from fleet.request import Usage
+from fleet.text import without
 
 
 def asked(*words: str) -> dict[str, Any]:
@@ -40,6 +41,10 @@ def test_variables_are_taken_as_ansible_takes_them(words: list[str], values: dic
         {"vllm_gpu_env": {"HTTPS_PROXY": "http://proxy.example.com:3128", "HF_ENDPOINT": "https://a.b/c@d"}},
         {"vllm_gpu_waves": [1, "10%", "100%"]},
         {"vllm_gpu_extra_args": "--chat-template 'a\tb\nc'"},
+        {"vllm_gpu_extra_args": ["--ssl-keyfile", "/run/tls.pem", "--seed", "3"]},
+        {"vllm_gpu_extra_args": '["--tokenizer", "acme/x"]', "vllm_gpu_model": "{{ model }}"},
+        {"vllm_gpu_image": "registry.example.com/acme/vllm-auth:v1"},
+        {"x": [{"name": "HF_ENDPOINT", "value": "a.example.com"}, {"name": "MAX_TOKENS", "value": "1"}]},
     ],
 )
 def test_what_holds_no_secret_passes(values: dict[str, Any]) -> None:
@@ -68,7 +73,24 @@ KEY = "sk-planted-71c2d9"
         f"x=https://user:{KEY}@example.com/v1",
         f"x=https://{KEY}@example.com/v1",
         json.dumps({"vllm_gpu_env": {"HTTPS_PROXY": f"user:{KEY}@proxy.example.com:3128"}}),
+        json.dumps({"vllm_gpu_extra_args": ["--ssl-keyfile-password", KEY]}),
+        json.dumps({"vllm_gpu_extra_args": ["--seed", 3, "--api-key", KEY]}),
+        json.dumps({"vllm_gpu_extra_args": ["--hf-token", [KEY]]}),
+        json.dumps({"vllm_gpu_extra_args": ["--seed 3 --license-key", KEY]}),
+        json.dumps({"vllm_gpu_extra_args": ["--basic-auth", 12345678]}),
+        json.dumps({"vllm_gpu_extra_args": json.dumps(["--api-key", KEY])}),
+        json.dumps({"x": [{"name": "HF_TOKEN", "value": KEY}]}),
+        json.dumps({"x": {"Key": "S3_KEY", "Value": KEY}}),
+        json.dumps({"x": json.dumps([{"name": "HF_TOKEN", "value": KEY}])}),
+        json.dumps({"vllm_gpu_env": {"S3_KEY": KEY}}),
+        json.dumps({"vllm_gpu_env": {"LICENSE_KEY": KEY}}),
+        json.dumps({"vllm_gpu_env": {"BASIC_AUTH": KEY}}),
+        json.dumps({"x": {f"--api-key={KEY}": 1}}),
+        f"x=S3_KEY={KEY}",
+        f'x="Authorization: Bearer {KEY}"',
         # And where it is refused for another reason.
+        f"LICENSE_KEY {KEY}",
+        f'{{"S3_KEY": "{KEY}"',
         f"vllm_gpu_api_key {KEY}",
         f'vllm_gpu_api_key="{KEY}',
         f'{{"vllm_gpu_api_key": "{KEY}"',
@@ -144,6 +166,31 @@ def test_secrets_in_files_are_known(tmp_path: Path) -> None:
     )
     vault.write_text("$ANSIBLE_VAULT;1.1;AES256\n3132\n", encoding="utf-8")
     assert request.check_files([str(plain), str(vault)]) == ["sk-1", "b1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "secret"),
+    [
+        ("vllm_gpu_extra_args: ['--seed', '3', '--api-key', 'sk-aaaa']", "sk-aaaa"),
+        ("vllm_gpu_extra_args: --seed 3 --api-key sk-aaaa --enforce-eager", "sk-aaaa"),
+        ("vllm_gpu_extra_args: --api-key=sk-aaaa", "sk-aaaa"),
+        ("vllm_gpu_extra_args: --api-key 'sk aaaa' --seed 3", "sk aaaa"),
+        ('vllm_gpu_extra_args: \'["--api-key", "sk-aaaa"]\'', "sk-aaaa"),
+        ('x: \'{"password": "sk-aaaa"}\'', "sk-aaaa"),
+        ("x: 'Authorization: Bearer sk-aaaa'", "sk-aaaa"),
+        ("x: [{name: HF_TOKEN, value: hf_aaaa}]", "hf_aaaa"),
+        ("vllm_gpu_api_key: 12345678.5", "12345678.5"),
+        ("vllm_gpu_api_key: 2024-12-31", "2024-12-31"),
+        ("vllm_gpu_env: {S3_KEY: abcdef}", "abcdef"),
+        ("vllm_gpu_env: {BASIC_AUTH: 12345678}", "12345678"),
+        ("vllm_gpu_env: {HTTPS_PROXY: 'http://me:p%40ssw@proxy:3128'}", "p@ssw"),
+    ],
+)
+def test_secrets_in_files_are_hidden(tmp_path: Path, line: str, secret: str) -> None:
+    path = tmp_path / "vars.yml"
+    path.write_text(f"{line}\ngpu_device_id: 7\nx_auth: true\ny_key: null\n", encoding="utf-8")
+    found = request.check_files([str(path)])
+    assert without(found, f"GPU 7 <{secret}> --seed 3 true") == "GPU 7 <(hidden)> --seed 3 true"
 
 
 @pytest.mark.parametrize(
