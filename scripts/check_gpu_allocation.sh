@@ -22,6 +22,8 @@ verdict=unknown code=3 cause='' message='' cure=''
 # What can't be read of a card or a process is empty.
 gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=() odd_gpu=''
 app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=() app_row=() listed=false
+mig_list=() # exit code, output and error of "nvidia-smi -L", where it may have left out an instance
+mig_asked=0
 up='cd /opt/vllm-gpu && docker compose -f docker-compose.serving.yml up -d' # where the server's files are
 id='' status='' health='' exit_code='' started='' image='' directory='' asked=() asked_count=0 pids=()
 notes=() seen=() seen_why=''
@@ -154,6 +156,7 @@ quoted() { # sets $REPLY to the start of what the program said, from $lines
 
 # problem CAUSE SENTENCE CURE: a reason why there is no verdict. The first one gives the cause.
 problem() {
+  [[ $message != *"$2"* ]] || return 0 # two calls can fail in the same way
   cause=${cause:-$1}
   message+="${message:+ Also: }$2"
   cure+="${cure:+ }$3"
@@ -261,8 +264,24 @@ read_apps() { # HANDLE: the processes on the cards
 }
 
 read_mig() { # which card each MIG instance is part of: one more call, only where an instance turns up
-  call nvidia-smi -L
+  local handle one uuids
+  ((!mig_asked)) || return 0
+  mig_asked=1
+  start handle nvidia-smi -L
+  finish_smi "$handle"
   read_list
+  for one in "${uuids[@]-}"; do [[ $rc == 0 && $one == @(GPU|MIG)-* ]] || mig_list=("$rc" "$out" "$err"); done
+}
+
+may_be_unlisted() { # ID: is it an instance that "nvidia-smi -L" may have left out?
+  [[ ${1#nvidia.com/gpu=} == MIG-* && ${mig_list[0]+failed} ]]
+}
+
+mig_problem() { # ID: if so, reports why
+  may_be_unlisted "$1" || return 1
+  rc=${mig_list[0]} out=${mig_list[1]} err=${mig_list[2]}
+  smi_problem
+  return 0
 }
 
 read_list() { # what "nvidia-smi -L" said: sets $uuids to those of the cards, or of a card's MIG instances instead
@@ -302,23 +321,33 @@ bus_number() { # PCI BUS ID, with or without its domain: sets $REPLY to a form t
   REPLY=$((16#${BASH_REMATCH[1]})):${BASH_REMATCH[2]}
 }
 
-find_card() { # ID: sets $REPLY to the UUID of the card or MIG instance that it names
-  local wanted=${1#nvidia.com/gpu=} n bus uuid='' found=0
+# find_card ID: sets $REPLY to the UUID of the card or MIG instance that it names. As for NVIDIA's runtime, the
+# beginning of a UUID is enough. Ends with 2 where two cards have that name: who knows which one is meant?
+find_card() {
+  local wanted=${1#nvidia.com/gpu=} n bus uuid='' found=0 prefix=''
   bus_number "$wanted"
   bus=$REPLY
+  [[ ! ${wanted,,} =~ ^gpu-[0-9a-f]{8}[0-9a-f-]*$ ]] || prefix=${wanted,,}
   for n in "${!gpu_uuid[@]}"; do
     bus_number "${gpu_bus[n]}"
-    if [[ $wanted == "${gpu_index[n]:-?}" || ${wanted,,} == "${gpu_uuid[n],,}" || ($bus && $bus == "$REPLY") ]]; then
+    if [[ $wanted == "${gpu_index[n]:-?}" || ${wanted,,} == "${gpu_uuid[n],,}" ||
+      ($prefix && ${gpu_uuid[n],,} == "$prefix"*) || ($bus && $bus == "$REPLY") ]]; then
       found=$((found + 1)) uuid=${gpu_uuid[n]}
     fi
   done
   REPLY=$uuid
-  ((!found)) || { ((found == 1)) && [[ $uuid ]]; return; } # two of that name: who knows which one is meant?
+  ((found < 2)) || return 2
+  ((!found)) || { [[ $uuid ]]; return; }
   REPLY=$wanted
   [[ $wanted =~ ^MIG-[0-9A-Za-z/-]+$ ]] || return 1
   [[ ${slot_of[$wanted]+known} ]] || read_mig
   REPLY=$wanted
   [[ ${slot_of[$wanted]+known} ]]
+}
+
+is_id() { # TEXT: is it an id in one of the forms that find_card understands?
+  local id=${1#nvidia.com/gpu=}
+  bus_number "$id" || [[ $id =~ ^($NUMBER|[Gg][Pp][Uu]-[0-9A-Fa-f]{8}[0-9A-Fa-f-]*|MIG-[0-9A-Za-z/-]+)$ ]]
 }
 
 card() { # UUID: sets $REPLY to the card's name in a sentence
@@ -372,6 +401,22 @@ find_in_project() { # sets $container to the one of --project
     *) problem several_containers "Service $SERVICE of Compose project $project has ${#lines[@]} containers." \
       'Name one of them with --container.' ;;
   esac
+  return 1
+}
+
+# PIDs of another machine's engine could be those of anything here. A context is asked about only where one is set.
+engine_is_here() {
+  local host=${DOCKER_HOST-} config=${DOCKER_CONFIG:-${HOME-}/.docker}/config.json text=''
+  if [[ ! $host ]]; then
+    [[ ${DOCKER_CONTEXT-} || ! -f $config ]] || { IFS= read -r -d '' -n "$MOST" text <"$config"; } 2>/dev/null
+    [[ ${DOCKER_CONTEXT:-default} != default || $text == *'"currentContext"'* ]] || return 0
+    call docker context inspect --format '{{.Endpoints.docker.Host}}'
+    ((rc)) && { docker_problem; return 1; }
+    host=${out%%$'\n'*}
+  fi
+  [[ $host && $host != unix://* ]] || return 0
+  problem remote_engine "docker is set up to use the engine at $host, which need not be of this machine." \
+    'Run this on that machine; or, for the engine of this one, with DOCKER_HOST=unix:///var/run/docker.sock.'
   return 1
 }
 
@@ -479,7 +524,10 @@ judge() {
     expected_id=$expect
     if find_card "$expect"; then
       place=$REPLY
+    elif mig_problem "$expect"; then
+      :
     elif [[ $odd_gpu ]]; then # it may be the one that is meant
+      rc=0
       smi_problem "$odd_gpu"
     else
       for n in "${gpu_uuid[@]}"; do
@@ -496,7 +544,7 @@ judge() {
 }
 
 expect_what_was_asked() { # sets $expected_id and $place; without them there is a problem
-  local one why='' sentence next='Name the GPU with --expect, and give the compose file device_ids: '
+  local one found why='' sentence next='Name the GPU with --expect, and give the compose file device_ids: '
   next+='only so is the server pinned to one.'
   if ((asked_count)); then
     why=asked_for_count sentence="was asked for a number of GPUs (${asked_count/#-1/all}), not for a certain one."
@@ -504,11 +552,20 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
     why=asked_for_no_gpu sentence='was asked for no GPU at all.'
   elif ((${#slot_of[@]})); then
     for one in "${asked[@]}"; do
-      if ! find_card "$one" && [[ $odd_gpu ]]; then
+      find_card "$one"
+      found=$?
+      if ((found)) && { ((found == 2)) || ! is_id "$one"; }; then
+        why=requested_gpu_unclear
+        sentence="was asked for GPU '$one', a spelling that this script can't match with one GPU."
+        next="Set device_ids to its index or its whole UUID (for a MIG instance: MIG-…), as 'nvidia-smi -L' lists it; "
+        next+='or name it with --expect.'
+      elif ((found)) && mig_problem "$one"; then
+        why=$cause
+      elif ((found)) && [[ $odd_gpu ]]; then
         why=nvidia_smi_unparsable
         sentence="was asked for GPU '$one', which may be the one that nvidia-smi shows as '${odd_gpu:0:300}'."
         next="Run 'nvidia-smi' by hand, or name the GPU by its UUID with --expect."
-      elif ! find_card "$one"; then
+      elif ((found)); then
         why=requested_gpu_missing sentence="was asked for GPU '$one', which this machine doesn't have (any more)."
         next="Compare 'nvidia-smi -L', and name the GPU with --expect."
       elif [[ $place && $place != "$REPLY" ]]; then
@@ -523,6 +580,7 @@ expect_what_was_asked() { # sets $expected_id and $place; without them there is 
 }
 
 # Prints what is in FILE, and then owner, mode and name of all on the way there: folders, links, where these lead.
+# Ends with 3 where there is no such file: not with what a failure would end with, as that is no proof of it.
 # A program of its own, so that it has a deadline: FILE is below a folder that a container's label names.
 # shellcheck disable=SC2016 # for that program to expand
 readonly WALK='
@@ -532,11 +590,16 @@ while [[ $todo ]]; do
   case $step in "" | .) continue ;; ..) at=${at%/*}; continue ;; esac
   at+=/$step way+=("$at")
   [[ -L $at ]] || continue
-  ((${#way[@]} < 99)) && step=$(readlink -- "$at") || exit
+  ((${#way[@]} < 99)) && step=$(readlink -- "$at") || exit 3
   [[ $step == /* ]] && at= || at=${at%/*}
   todo=$step/$todo
 done
-[[ -f $at && -r $at ]] || exit
+error=$(stat -- "$at" 2>&1) || case $error in
+  *": No such file or directory" | *": Not a directory") exit 3 ;;
+  *) exit 4 ;;
+esac
+[[ -f $at ]] || exit 3
+[[ -r $at ]] || exit 4
 read -r line <"$at"
 printf "is %s\n" "$line"
 exec stat -c "%u %A %n" -- "${way[@]}"'
@@ -547,9 +610,13 @@ has_drifted() {
   local line index='' uuid='' file=$directory/.proven/current/gpu
   [[ $drift == 1 && $directory && ${asked[*]} =~ ^$NUMBER$ ]] || return 1
   call bash -c "$WALK" walk "$file"
-  ((rc != 124)) || note "$file could not be read within $limit s, so it is not known which GPU was proven."
+  case $rc in
+    0) ;;
+    3) return 1 ;;
+    124) note "$file could not be read within $limit s, so it is not known which GPU was proven."; return 1 ;;
+    *) note "Which GPU was proven is not known: $file can't be read. Run this as root."; return 1 ;;
+  esac
   split "$out"
-  [[ $rc == 0 && ${lines[0]-} ]] || return 1
   for line in "${lines[@]:1}"; do
     [[ ${line%% *} == @(0|"$EUID") && ${line#* } == @(l*|d????????[tT]*|?????-??-*) ]] && continue
     note "$file is ignored: others than root can change it; see owner and mode of ${line#* * }."
@@ -579,7 +646,8 @@ judge_processes() {
     elif [[ ! $uuid ]]; then
       maybe=${app_row[n]} unclear=$maybe
     elif [[ ! ${slot_of[$uuid]+known} ]]; then
-      problem nvidia_smi_unparsable "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
+      mig_problem "$uuid" || problem nvidia_smi_unparsable \
+        "nvidia-smi names a process on $uuid, which is not in its list of GPUs." \
         "Run this again; if it stays, compare 'nvidia-smi -L'."
       return
     elif part_of_place "$uuid"; then
@@ -799,6 +867,18 @@ print_processes() { # 1: the container's own; 0: the others
   ((any)) || say none
 }
 
+name_requested() { # ID: sets $REPLY to what it means here
+  local found=2
+  [[ ! ${slot_of[*]} ]] || { find_card "$1"; found=$?; }
+  if ((!found)); then
+    card "$REPLY"
+  elif [[ $found == 2 || $odd_gpu ]] || may_be_unlisted "$1" || ! is_id "$1"; then
+    REPLY='not known'
+  else
+    REPLY='no GPU of this machine'
+  fi
+}
+
 print_report() {
   local n bold='' normal='' colour='' word="CAN'T TELL"
   if [[ -t 1 && ! ${NO_COLOR-} && ${TERM-dumb} != dumb ]]; then bold=$'\e[1m' normal=$'\e[0m' colour=$'\e[33m'; fi
@@ -820,7 +900,7 @@ print_report() {
   [[ ! $id ]] || say "$container (${id:0:12}): $status${started:+ since ${started%.*}}"
   [[ ! $id ]] || say "image: $image"
   for n in "${asked[@]}"; do
-    if find_card "$n"; then card "$REPLY"; else REPLY='no GPU of this machine'; fi
+    name_requested "$n"
     say "asked for: '$n' = $REPLY"
   done
   ((asked_count)) && say "asked for: a number of GPUs (${asked_count/#-1/all})"
@@ -849,7 +929,7 @@ main() {
   fi
   # Meanwhile the engine is asked. What is wrong there is reported after what is wrong with the cards.
   if type -P docker >/dev/null; then
-    read_container
+    engine_is_here && read_container
   else
     problem docker_missing 'The docker command is not installed.' 'Install the Docker CLI, or run this on the GPU host.'
   fi

@@ -89,6 +89,8 @@ def explain(said: str, project_dir: str) -> str:
             "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
             "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
         )
+    # What follows is a text of `.env`.
+    said = re.sub(r"(is missing a value:).*", r"\1 (hidden)", said)
     cure = ""
     if re.search(r"invalid (interpolation|template)", said, re.IGNORECASE):
         cure = " A value with a $ needs single quotes."

@@ -29,13 +29,13 @@ class Unanswered(Problem):
     """The engine gave no answer, which says nothing about what is there; it may be restarting."""
 
 
-def ask(argv: Sequence[str]) -> Optional[str]:
+def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> Optional[str]:
     """Return what a docker command prints, or None where the engine says that there is no such thing.
 
     Raises Unanswered where the engine can't be reached or is too slow, and Problem,
     with docker's own words, for every other failure: neither means "no".
     """
-    output = shell.run(["docker", *argv])
+    output = shell.run(["docker", *argv], timeout=timeout)
     if output.code == 0:
         return output.out
     if output.code is None:
@@ -51,7 +51,9 @@ def ask(argv: Sequence[str]) -> Optional[str]:
     if _ABSENT.search(output.err):
         return None
     raise Problem(
-        "`docker {0}` failed with exit code {1}: {2}".format(argv[0], output.code, output.err or "no message")
+        "`docker {0}` failed with exit code {1}: {2}".format(
+            " ".join(argv[:4]), output.code, output.err or "no message"
+        )
     )
 
 

@@ -72,8 +72,13 @@ def creation(container: Mapping[str, Any], image: str) -> Dict[str, Any]:
     config.pop("MacAddress", None)
     if config.get("Hostname") == container["Id"][:12]:
         del config["Hostname"]
-    named = {bind.split(":")[1] for bind in host.get("Binds") or []}
-    named.update(mount["Target"] for mount in host.get("Mounts") or [])
+    named = {bind.split(":")[1] for bind in host.get("Binds") or [] if ":" in bind}
+    mounts = [
+        mount for mount in host.get("Mounts") or [] if mount.get("Source") or mount.get("Type") == "tmpfs"
+    ]
+    if host.get("Mounts"):
+        host["Mounts"] = mounts
+    named.update(mount["Target"] for mount in mounts)
     anonymous = [
         "{0}:{1}:{2}".format(mount["Name"], mount["Destination"], "rw" if mount.get("RW", True) else "ro")
         for mount in container.get("Mounts") or []

@@ -29,6 +29,12 @@ def leftovers(project_dir: str) -> List[str]:
         for name in _names(project_dir)
         if _TEMPORARY.match(name) or name == _KEPT
     ]
+    # A file that is a link is written where it leads to.
+    for name in _names(project_dir):
+        path = os.path.join(project_dir, name)
+        if os.path.islink(path) and not os.path.isdir(path):
+            there = os.path.dirname(os.path.realpath(path))
+            found += [os.path.join(there, one) for one in _names(there) if _TEMPORARY.match(one)]
     links = [os.path.join(keep, name) for name in _LINKS]
     used = {os.readlink(link) for link in links if os.path.islink(link)}
     for name in _names(keep):

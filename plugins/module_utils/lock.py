@@ -155,6 +155,15 @@ def _lost(lease: Mapping[str, Any], run: str) -> str:
     )
 
 
+def why_lost(run: str) -> str:
+    """Return, for a person, what became of the lease of `run` that is no longer its own."""
+    descriptor = os.open(PATH, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        return _lost(_read(descriptor), run)
+    finally:
+        os.close(descriptor)
+
+
 def release(run: str) -> bool:
     """Give the lock back; False where `run` doesn't hold it.
 

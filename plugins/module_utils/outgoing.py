@@ -16,12 +16,12 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
 HIDDEN = "********"
 # Names of environment variables whose values nobody may see.
 SECRET_NAME = re.compile(
-    r"API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN\Z|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(\A|_)(KEY|AUTH)\Z",
+    r"API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN\Z|SECRET|PASS(W|\Z)|PASSPHRASE|CREDENTIAL|(\A|_)(KEY|AUTH)\Z",
     re.IGNORECASE,
 )
 # A shorter value stands in anything; nobody could read what is left.
 _SHORTEST = 3
-_LOGIN = re.compile(r"//[^/@\s]*:([^/@\s]+)@")
+_LOGIN = re.compile(r"//[^/@\s:]*:([^/\s]+)@|//([^/\s:]{8,})@")
 # C0 but tabs and line breaks, DEL and C1, what turns the direction of a text around, and half
 # characters, which no terminal and no JSON can take.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -39,7 +39,7 @@ def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> 
         text = str(value or "")
         if key in named or SECRET_NAME.search(key):
             yield text
-        yield from _LOGIN.findall(text)
+        yield from (match[1] or match[2] for match in _LOGIN.finditer(text))
 
 
 def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
@@ -50,8 +50,18 @@ def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
             # A pipe in a file's place would keep us waiting.
             descriptor = os.open(os.path.join(project_dir, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as stream:
-                found.update(secret_values(dotenv.texts(stream.read(2**20)), requested))
+                content = stream.read(2**20)
+            found.update(secret_values(dotenv.texts(content), requested))
+            found.update(_unreadable(content))
     return found
+
+
+def _unreadable(content: bytes) -> Iterator[str]:
+    """Yield what follows the first = or : of a line that is no assignment: Compose quotes it when it refuses the file."""
+    for line in dotenv.lines(content):
+        text = line.text.decode("utf-8", "replace").strip()
+        if line.key is None and not text.startswith("#"):
+            yield re.split("[=:]", text, maxsplit=1)[-1].strip(" '\"")
 
 
 def spellings(secrets: Iterable[str]) -> List[str]:
@@ -67,11 +77,6 @@ def spellings(secrets: Iterable[str]) -> List[str]:
                 urllib.parse.quote_plus(one),
             }
     return sorted(found, key=len, reverse=True)
-
-
-def message(problem: Exception, project_dir: str) -> str:
-    """Return a module's message about what went wrong, as it may leave the host."""
-    return str(clean(str(problem), known(project_dir, {})))
 
 
 def clean(value: Any, secrets: Iterable[str] = ()) -> Any:

@@ -148,11 +148,18 @@ def check_memory(asked: Asked) -> Optional[str]:
     )  # fmt: skip
 
 
+def describe(gpus: Sequence[Mapping[str, Any]]) -> str:
+    """Say which cards there are: `0 (NVIDIA GeForce RTX 5090, GPU-…) or 1 (…)`."""
+    shown = ({key: "?" if value is None else value for key, value in gpu.items()} for gpu in gpus)
+    return " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in shown)
+
+
 def is_called(gpu: Mapping[str, Any], name: str) -> bool:
     """Return whether `name` is an index, UUID or PCI bus id (with or without its domain) of a card or MIG instance."""
     bus = str(gpu["pci_bus_id"] or "").lower()  # nvidia-smi may show an odd one
-    names = {str(gpu["index"]), gpu["uuid"].lower(), gpu.get("card_uuid", gpu["uuid"]).lower(), bus, bus[4:]}
-    return name.lower() in (names | {bus.partition(":")[2]}) - {""}
+    ids = [gpu["index"], gpu["uuid"], gpu.get("card_uuid")]
+    names = {str(one).lower() for one in ids if one is not None} | {bus, bus[4:], bus.partition(":")[2]}
+    return name.lower() in names - {""}
 
 
 def check_training_ids(asked: Asked) -> Optional[str]:
@@ -167,7 +174,7 @@ def check_training_ids(asked: Asked) -> Optional[str]:
         "vllm_gpu_training_gpus names {0}, but this host has no such GPU, so that nothing would be protected. Use an "
         "index, a UUID or a PCI bus id (in YAML within quotes) of {1}.".format(
             ", ".join(json.dumps(one) for one in lost),
-            " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in asked.state["gpus"]),
+            describe(asked.state["gpus"]),
         )
     )
 
@@ -300,6 +307,9 @@ def try_to_listen(address: str, port: int) -> Optional[OSError]:
         try:
             probe.bind((address, port))
             probe.listen(1)
+            if port == 0:  # nobody can connect to a broadcast address
+                with socket.create_connection(probe.getsockname()[:2], timeout=2):
+                    pass
         except OSError as error:
             return error
     return None

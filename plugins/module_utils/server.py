@@ -7,6 +7,7 @@ it changes anything, in check mode, and afterwards as the proof.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -69,7 +70,9 @@ _VERDICT = (
 )
 # What people put into .env for the server itself; only keys that the compose file names get there.
 _FOR_THE_SERVER = re.compile(
-    r"(HF|VLLM|CUDA|NCCL|TORCH|TRANSFORMERS|NVIDIA|OMP)_|(HTTPS?|NO|ALL)_PROXY\Z", re.IGNORECASE
+    r"(HF|HUGGING_?FACE|VLLM|CUDA|NCCL|GLOO|RAY|TRITON|FLASHINFER|(PY)?TORCH|TRANSFORMERS|TOKENIZERS|NVIDIA|OMP|AWS|S3|"
+    r"SSL|REQUESTS|CURL|LD)_|PYTHON|(HTTPS?|NO|ALL)_PROXY\Z",
+    re.IGNORECASE,
 )
 
 # What vllm_gpu_force may name.
@@ -93,6 +96,22 @@ def invocation(params: Mapping[str, Any]) -> Dict[str, Any]:
     return {"module_args": {key: value for key, value in params.items() if key != "wanted"}}
 
 
+def message(problem: Exception, project_dir: str) -> str:
+    """Return a module's message about what went wrong, as it may leave the host.
+
+    Nobody has named the secrets to most modules. All that the compose file passes on to the
+    server counts as one, if it is as long as one.
+    """
+    secrets = outgoing.known(project_dir, {})
+    with contextlib.suppress(Problem):
+        passed_on = compose.passed_on(read_file(os.path.join(project_dir, COMPOSE_FILE))[0] or b"")
+        values = dotenv.texts(read_file(os.path.join(project_dir, ENV_FILE))[0] or b"")
+        secrets.update(
+            one for key, one in values.items() if key in passed_on and len(one) >= settings.SHORTEST_SECRET
+        )
+    return str(outgoing.clean(str(problem), secrets))
+
+
 class FileChange(NamedTuple):
     """A file that the host should have; `before` is None where there is none."""
 
@@ -103,12 +122,6 @@ class FileChange(NamedTuple):
     differs: bool
 
 
-def describe(gpus: Sequence[Mapping[str, Any]]) -> str:
-    """Say which cards there are: `0 (NVIDIA GeForce RTX 5090, GPU-…) or 1 (…)`."""
-    shown = ({key: "?" if value is None else value for key, value in gpu.items()} for gpu in gpus)
-    return " or ".join("{index} ({name}, {uuid})".format(**gpu) for gpu in shown)
-
-
 def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the card, or MIG instance, that the referee took `requested` for.
 
@@ -116,7 +129,7 @@ def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
     spelling is checked first: what isn't one plain id reaches no command.
     """
     gpus = verdict.get("gpus") or []
-    choice = "It could be {0}.".format(describe(gpus)) if gpus else "This host shows no GPU."
+    choice = "It could be {0}.".format(preflight.describe(gpus)) if gpus else "This host shows no GPU."
     if not _GPU_ID.match(requested):
         raise Problem(
             "gpu_device_id is {0}, which is not the id of one GPU: it must be an index such as 0, a UUID such as "
@@ -189,6 +202,19 @@ def installed_files(directory: str) -> List[FileChange]:
             )
         files.append(FileChange(path, content, content, mode, differs=False))
     return files
+
+
+def previous_files(directory: str) -> List[FileChange]:
+    """Return the service's files as they were proven before the current ones."""
+    proven = record.load(directory, "previous")
+    if proven is None:
+        raise Problem("{0} has no previous proven state.".format(directory))
+    return [
+        FileChange(
+            os.path.join(directory, name), proven.files[name], proven.files[name], 0o600, differs=False
+        )
+        for name in (COMPOSE_FILE, ENV_FILE)
+    ]
 
 
 def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
@@ -410,10 +436,14 @@ class Judged(NamedTuple):
 
 
 def read_files(
-    wanted: Mapping[str, Any], state: Dict[str, Any], last: Optional[record.Proven], *, as_installed: bool
+    wanted: Mapping[str, Any],
+    state: Dict[str, Any],
+    last: Optional[record.Proven],
+    files: Sequence[FileChange],
+    *,
+    as_installed: bool,
 ) -> Judged:
-    """Compare the files and the container with what is wanted, or with the files that are installed."""
-    files = installed_files(wanted["project_dir"]) if as_installed else compare_files(wanted)
+    """Compare the container with what is wanted, or with the files that are, or were, installed."""
     changes = [change for change in files if change.differs]
     left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
     state["files_differ"] = bool(changes or left)
@@ -504,7 +534,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
     """
     state, resolved = begin(gpu_device_id, wanted)
     problems = state["problems"]
-    as_installed, as_running = options.get("as_installed", False), options.get("as_running", False)
+    as_running = options.get("as_running", False)
+    as_installed = options.get("as_installed", False) or options.get("as_previous", False)
     invalid = [] if as_installed or as_running else list(settings.check(resolved))
     problems.extend(invalid)
     judged = Judged({}, "", None)
@@ -514,7 +545,8 @@ def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any
         if as_running:
             read_running(state)
         elif not invalid:
-            judged = read_files(resolved, state, last, as_installed=as_installed)
+            files = sources(resolved, options)
+            judged = read_files(resolved, state, last, files, as_installed=as_installed)
     except Problem as problem:
         if not problems and not options.get("again"):
             return read(gpu_device_id, wanted, again=True, **options)
@@ -543,6 +575,13 @@ def is_recorded(state: Mapping[str, Any], judged: Judged) -> bool:
     return all(judged.same.record.get(key) == value for key, value in state["proof"].items())
 
 
+def sources(wanted: Mapping[str, Any], options: Mapping[str, Any]) -> List[FileChange]:
+    """Return the files that the server is judged by."""
+    if options.get("as_previous"):
+        return previous_files(wanted["project_dir"])
+    return installed_files(wanted["project_dir"]) if options.get("as_installed") else compare_files(wanted)
+
+
 def find_problems(
     state: Mapping[str, Any],
     service: Mapping[str, Any],
@@ -550,7 +589,9 @@ def find_problems(
     options: Mapping[str, Any],
 ) -> Iterator[str]:
     """Yield what prevents a change, where one is needed; of a proven server, whether its card is still the same."""
-    changes = options.get("preflight") and (state["problems"] or state["doubts"])
+    changes = options.get("preflight") and (
+        state["problems"] or state["doubts"] or options.get("as_previous")
+    )
     checks = preflight.CHECKS if changes else preflight.ALWAYS
     force, training_gpus = options.get("force", []), options.get("training_gpus", [])
     return preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus))

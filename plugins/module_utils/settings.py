@@ -56,6 +56,8 @@ _OWN_OPTIONS: Dict[str, str] = {
     "--ssl-certfile": "a proxy in front of the server for TLS: its health is asked for by HTTP",
     "--root-path": "a proxy in front of the server for another path",
 }
+# What the API must list is read from this one.
+_NAMES = "--served-model-name"
 # These spread a model over several GPUs; the server is given one.
 _ONE_GPU = {
     "--tensor-parallel-size": "-tp",
@@ -92,10 +94,16 @@ def secrets(wanted: Mapping[str, Any]) -> Dict[str, str]:
     return {key: str(value) for key, value in {**wanted["secrets"], **wanted["secret_env"]}.items()}
 
 
+def text(value: Any) -> str:
+    """Return what a variable says; one that is there without a value says nothing."""
+    return "" if value is None else str(value)
+
+
 def env_keys(wanted: Mapping[str, Any]) -> Dict[str, str]:
     """Return all keys of .env that the role decides, with their values."""
     return {
-        key: str(value) for key, value in {**wanted["env"], **wanted["server_env"], **secrets(wanted)}.items()
+        key: text(value)
+        for key, value in {**wanted["env"], **wanted["server_env"], **secrets(wanted)}.items()
     }
 
 
@@ -145,7 +153,7 @@ def _is_one_line(text: str) -> bool:
 
 def check(wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the values of the role's variables."""
-    env = {key: str(value) for key, value in wanted["env"].items()}
+    env = {key: text(value) for key, value in wanted["env"].items()}
     yield from _check_texts(env)
     yield from _check_directory(str(wanted["project_dir"]))
     yield from _check_address(env["VLLM_BIND_ADDRESS"])
@@ -207,7 +215,9 @@ def _check_address(address: str) -> Iterator[str]:
     try:
         if "%" in bare:
             raise ValueError
-        ipaddress.ip_address(bare)
+        ip = ipaddress.ip_address(bare)
+        if ip.is_multicast or ip == ipaddress.ip_address("255.255.255.255"):
+            raise ValueError
     except ValueError:
         yield (
             "vllm_gpu_bind_address is {0}; it must be an IP address of the host, such as 127.0.0.1, ::1 or "
@@ -235,6 +245,10 @@ def _check_options(arguments: Sequence[str]) -> Iterator[str]:
             # vLLM's parser takes an option's beginning for the whole of it where that is clear.
             if len(name) > 2 and own.startswith(name):
                 yield "vllm_gpu_extra_args has {0}, which is the role's own. Use {1}.".format(name, instead)
+        if len(name) > 2 and _NAMES.startswith(name) and name != _NAMES:
+            yield "vllm_gpu_extra_args has {0}. Write {1} in full: the role checks what it names.".format(
+                name, _NAMES
+            )
         for spread, short in _ONE_GPU.items():
             close = re.match(short + r"([0-9]+)\Z", word)
             if name == short or close or (len(name) > 2 and spread.startswith(name)):
@@ -252,7 +266,7 @@ def _check_server_env(wanted: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted({*plain} & {*secret}):
         yield "{0} is in vllm_gpu_env and in vllm_gpu_secret_env. Keep one of them.".format(key)
     for key, value in plain.items():
-        if outgoing.SECRET_NAME.search(key) and len(str(value)) >= SHORTEST_SECRET:
+        if any(len(one) >= SHORTEST_SECRET for one in outgoing.secret_values({key: value})):
             yield "vllm_gpu_env has {0}, which looks like a secret. Put it in vllm_gpu_secret_env.".format(
                 key
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,11 @@ FILES = ("docker-compose.serving.yml", ".env", "server.env", "check_gpu_allocati
 _PROJECT = "com.docker.compose.project"
 _WORKING_DIR = "com.docker.compose.project.working_dir"
 _LINKS = ("current", "previous")
+# All that is kept, by its name.
+_KEPT = {
+    *("project_dir", "taken_at", "interrupted", "missing", "files", "links", "images", "container"),
+    *("networks", "volumes", "proven"),
+}
 
 
 class Outcome(NamedTuple):
@@ -71,12 +77,15 @@ def load(project_dir: str) -> Optional[Dict[str, Any]]:
     if found is None:
         return None
     try:
-        return dict(json.loads(found.content))
-    except ValueError as error:
+        kept = dict(json.loads(found.content))
+        if not kept.keys() >= _KEPT:
+            raise ValueError
+    except (ValueError, TypeError) as error:
         raise Problem(
             "{0}, which says how this host was before a change that was interrupted, can't be read. Remove it with "
             "`rm {0}`; then the host counts as it is now.".format(path)
         ) from error
+    return kept
 
 
 def save(kept: Mapping[str, Any]) -> None:
@@ -113,12 +122,39 @@ def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, 
     found = dict(_as_found(project_dir, images), proven=proven)
     older = load(project_dir)
     if older is not None and not _over(older, found, proven=proven):
-        for kind in ("files", "links", "images"):
+        edited = _edited(older, found)
+        found["files"].update({path: one for path, one in older["files"].items() if path not in edited})
+        for kind in ("links", "images"):
             found[kind].update(older[kind])
         missing = set(older["missing"] + found["missing"])
         merged = {kind: found[kind] for kind in ("files", "links", "images")}
         return dict(older, missing=sorted(missing), interrupted=older["taken_at"], **merged)
     return found
+
+
+def note_written(project_dir: str, contents: Mapping[str, bytes]) -> None:
+    """Keep what a change is about to write, so that it can be told from what people write after it was killed."""
+    kept = load(project_dir)
+    if kept is None:
+        return
+    for path, content in contents.items():
+        kept.setdefault("written", {}).setdefault(path, []).append(_digest(content))
+    save(kept)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> List[str]:
+    """Return the files that somebody has edited since the change that kept `older` was interrupted."""
+    return [
+        path
+        for path, before in older["files"].items()
+        for now in [found["files"][path]["content"]]
+        if now not in (None, before["content"])
+        and _digest(base64.b64decode(now)) not in older.get("written", {}).get(path, [])
+    ]
 
 
 def _over(older: Mapping[str, Any], found: Mapping[str, Any], *, proven: bool) -> bool:
@@ -285,9 +321,14 @@ def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
     for image, wanted in kept["images"].items():
         with done.step():
             _restore_image(image, wanted, done)
+    used: List[str] = []
     with done.step():
-        used = _remove_others(kept, done)
-        _restore_networks(kept, used, done)
+        _remove_others(kept, used, done)
+    # Before the others are made, as their addresses may be taken; one that can't be removed must not cost the server.
+    with done.step():
+        _remove_networks(kept, used, done)
+    with done.step():
+        _make_networks(kept, done)
         _restore_container(kept, done)
     return done
 
@@ -301,10 +342,9 @@ def _restore_image(image: str, wanted: Optional[str], done: Outcome) -> None:
 
 
 def _do(*argv: str, timeout: float = shell.TIMEOUT) -> None:
-    """Run a docker command; Problem, with its own words, where that fails."""
-    output = shell.run(["docker", *argv], timeout=timeout)
-    if output.code != 0:
-        raise Problem("`docker {0}` failed: {1}".format(" ".join(argv), output.err))
+    """Run a docker command that must succeed; raise as container.ask does."""
+    if container.ask(argv, timeout) is None:
+        raise Problem("`docker {0}` failed: there is no such thing.".format(" ".join(argv)))
 
 
 def _stop(found: Mapping[str, Any]) -> None:
@@ -325,9 +365,8 @@ def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
     ]
 
 
-def _remove_others(kept: Mapping[str, Any], done: Outcome) -> List[str]:
-    """Remove what the change has made in the container's place; return the networks that it was on."""
-    networks: List[str] = []
+def _remove_others(kept: Mapping[str, Any], networks: List[str], done: Outcome) -> None:
+    """Remove what the change has made in the container's place; add the networks that it was on to `networks`."""
     for one in _own_containers(kept):
         if one["Id"] == _id(kept):
             continue
@@ -335,7 +374,6 @@ def _remove_others(kept: Mapping[str, Any], done: Outcome) -> List[str]:
         _stop(one)
         _do("rm", "--force", one["Id"])
         done.removed.append("the container that failed")
-    return networks
 
 
 def stop_timeout(found: Optional[Mapping[str, Any]]) -> int:
@@ -343,18 +381,23 @@ def stop_timeout(found: Optional[Mapping[str, Any]]) -> int:
     return int((found or {}).get("Config", {}).get("StopTimeout") or 10)
 
 
-def _restore_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
-    """Remove the networks that the change has made for itself, and make those again that it has removed."""
-    before = {one["Id"] for one in kept["networks"]}
-    for one in _networks(used):
-        if one["Id"] not in before and _PROJECT in (one["Labels"] or {}) and not one["Containers"]:
-            _do("network", "rm", one["Id"])
-            done.removed.append("the network {0}".format(one["Name"]))
+def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
+    """Make the networks again that the change has removed."""
     names = {one["Name"] for one in _networks([one["Name"] for one in kept["networks"]])}
     for one in kept["networks"]:
         if one["Name"] not in names:
             engine.create_network(one)
             done.restored.append("the network {0}".format(one["Name"]))
+
+
+def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
+    """Remove the networks that the change has made for itself."""
+    before = {one["Name"] for one in kept["networks"]}
+    for one in _networks(used):
+        if one["Name"] not in before and _PROJECT in (one["Labels"] or {}) and not one["Containers"]:
+            with done.step():
+                _do("network", "rm", one["Id"])
+                done.removed.append("the network {0}".format(one["Name"]))
 
 
 def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:

@@ -87,17 +87,22 @@ removed:
   elements: str
 """
 
+import contextlib
 import os
-from typing import Any, Dict, Mapping
+import re
+from typing import Any, Dict, Mapping, Sequence, Set
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    container,
     dotenv,
     leftovers,
     lock,
     outgoing,
     record,
     server,
+    settings,
+    snapshot,
 )
 
 
@@ -120,13 +125,32 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
     return text
 
 
-def diff(change: server.FileChange, wanted: Mapping[str, Any]) -> Dict[str, str]:
+def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) -> Set[str]:
+    """Return what no diff may show: also what somebody has written into the compose file itself."""
+    found = outgoing.known(wanted["project_dir"], settings.secrets(wanted))
+    found.update(outgoing.secret_values(wanted["server_env"]))
+    with contextlib.suppress(server.Problem):
+        found.update(outgoing.secret_values(container.environment(container.inspect())))
+    for change in changes:
+        if not change.path.endswith(server.COMPOSE_FILE):
+            continue
+        text = (change.before or b"").decode("utf-8", "replace")
+        pairs = re.findall(r"^[ \t-]*(\w+)[:=][ \t]*(.*?)[ \t\r]*$", text, re.MULTILINE)
+        found.update(
+            outgoing.secret_values({key: value.strip("'\"") for key, value in pairs if "${" not in value})
+        )
+    return found
+
+
+def diff(change: server.FileChange, wanted: Mapping[str, Any], secrets: Set[str]) -> Dict[str, str]:
     """Return Ansible's diff structure for one file."""
     return {
         "before_header": change.path,
         "after_header": change.path,
-        "before": "" if change.before is None else shown(change, change.before, wanted),
-        "after": shown(change, change.after, wanted),
+        "before": ""
+        if change.before is None
+        else outgoing.clean(shown(change, change.before, wanted), secrets),
+        "after": outgoing.clean(shown(change, change.after, wanted), secrets),
     }
 
 
@@ -147,11 +171,12 @@ def main() -> None:
             if not module.check_mode:
                 os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
                 leftovers.remove(found)
+                snapshot.note_written(wanted["project_dir"], {one.path: one.after for one in changes})
                 # The referee first: it tells that the directory is the role's.
                 for change in reversed(changes):
                     record.write_whole(change.path, change.after, change.mode)
     except server.Problem as problem:
-        module.fail_json(msg=outgoing.message(problem, wanted["project_dir"]))
+        module.fail_json(msg=server.message(problem, wanted["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "
@@ -161,7 +186,7 @@ def main() -> None:
         changed=bool(changes or found),
         written=[change.path for change in changes],
         removed=found,
-        diff=[diff(change, wanted) for change in changes],
+        diff=[diff(change, wanted, secrets_of(changes, wanted)) for change in changes],
         invocation=server.invocation(module.params),
     )
 

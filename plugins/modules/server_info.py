@@ -24,6 +24,11 @@ options:
       - Judge the server by the files that the host has, instead of comparing them with C(wanted).
     type: bool
     default: false
+  as_previous:
+    description:
+      - Judge by the files of the previous proven state, to which playbooks/rollback.yml goes back.
+    type: bool
+    default: false
   as_running:
     description:
       - Judge the server by what its own container was made from, whatever the files say.
@@ -224,6 +229,8 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     settings,
 )
 
+# Characters; a program may print megabytes without a line break.
+_LINE = 2000
 # What programs and people of the host have written. The rest is ids and figures that the role goes on to use.
 _FOREIGN = ("problems", "doubts", "notes", "changes", "log", "api", "referee")
 
@@ -233,6 +240,9 @@ def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> Dict[str, Any]
     secrets = outgoing.known(wanted["project_dir"], settings.secrets(wanted)) | state["secrets"]
     result = {key: outgoing.clean(value) for key, value in state.items() if key != "secrets"}
     result.update({key: outgoing.clean(state[key], secrets) for key in _FOREIGN})
+    # Not before secrets are hidden, of which half could be left.
+    result["log"] = [line[:_LINE] for line in result["log"]]
+    result["api"]["error"] = result["api"]["error"] and result["api"]["error"][:_LINE]
     if result["container"]:
         words = {key: outgoing.clean(state["container"][key], secrets) for key in ("error", "health_output")}
         result["container"] = dict(result["container"], **words)
@@ -245,6 +255,7 @@ def main() -> None:
         argument_spec={
             "gpu_device_id": {"type": "str"},
             "as_installed": {"type": "bool", "default": False},
+            "as_previous": {"type": "bool", "default": False},
             "as_running": {"type": "bool", "default": False},
             "preflight": {"type": "bool", "default": False},
             "force": {"type": "list", "elements": "str", "choices": server.FORCE, "default": []},
@@ -254,18 +265,19 @@ def main() -> None:
             "log_lines": {"type": "int", "default": 0},
             "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
         },
-        mutually_exclusive=[("as_installed", "as_running")],
+        mutually_exclusive=[("as_installed", "as_previous", "as_running")],
         supports_check_mode=True,
     )
     params = module.params
     options = {
-        key: params[key] for key in ("as_installed", "as_running", "preflight", "force", "training_gpus")
+        key: params[key]
+        for key in ("as_installed", "as_previous", "as_running", "preflight", "force", "training_gpus")
     }
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
     grace = (state["container"] or {}).get("stop_timeout", 0)
     lease = lock.RENEWAL if params["waiting"] else lock.STEP + grace
     if params["lock"] and not lock.renew(params["lock"], lease):
-        module.fail_json(msg="Another play has taken over this server's change; this one has stopped.")
+        module.fail_json(msg=lock.why_lost(params["lock"]))
     lines = params["log_lines"]
     state["log"] = container.log_tail(lines) if lines and state["container"] else []
     module.exit_json(changed=False, invocation=server.invocation(params), **shown(state, params["wanted"]))

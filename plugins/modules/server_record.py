@@ -72,10 +72,10 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     container,
     dotenv,
     lock,
-    outgoing,
     record,
     server,
     shell,
+    snapshot,
 )
 
 
@@ -122,6 +122,9 @@ def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
 def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> List[str]:
     """Put the compose file and `.env` back byte for byte; return which ones had changed."""
     restored = []
+    if not module.check_mode:
+        contents = {os.path.join(directory, name): content for name, content in proven.files.items()}
+        snapshot.note_written(directory, contents)
     for name, mode in ((server.COMPOSE_FILE, 0o644), (server.ENV_FILE, 0o600)):
         path = os.path.join(directory, name)
         if server.read_file(path)[:2] == (proven.files[name], mode):
@@ -168,7 +171,7 @@ def main() -> None:
             else:
                 result = restore(module, params["project_dir"])
     except server.Problem as problem:
-        module.fail_json(msg=outgoing.message(problem, params["project_dir"]))
+        module.fail_json(msg=server.message(problem, params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(

@@ -78,7 +78,6 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     dotenv,
     leftovers,
     lock,
-    outgoing,
     record,
     removal,
     server,
@@ -108,10 +107,11 @@ def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple
         return [], []
     text, users = users_lines(content, keys)
     if not users:
+        # Of a link, also what it leads to: the secrets are there.
+        paths = sorted({path, os.path.realpath(path)})
         if not only_look:
-            # Of a link, also what it leads to: the secrets are there.
-            leftovers.remove([os.path.realpath(path), path])
-        return [path], []
+            leftovers.remove(paths)
+        return paths, []
     if not only_look and text != content:
         record.write_whole(os.path.realpath(path), text, 0o600)
     removed = ["the role's keys and the comments in " + path] if text != content else []
@@ -189,7 +189,7 @@ def main() -> None:
         with lock.holding(None if module.check_mode else module.params["lock"]):
             removed, kept = remove(module)
     except Problem as problem:
-        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
+        module.fail_json(msg=server.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be removed or written: {1}. Correct that, and run the play again.".format(

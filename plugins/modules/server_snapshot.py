@@ -91,10 +91,11 @@ start:
   type: bool
 """
 
+import contextlib
 from typing import Any, Dict, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, outgoing, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, server, snapshot
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # How long a Docker Engine may be away, as for a restart; seconds.
@@ -150,9 +151,14 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     }
     failed += made.failed
     if failed:
+        # What else is not as it was must not keep the server from running.
+        if start:
+            with contextlib.suppress(Problem), lock.holding(params["lock"]):
+                snapshot.wait_for_memory()
+                snapshot.start()
+                failed.append("The server that ran before was started again, and not waited for.")
         # Docker and the file system have a say in these.
-        msg = outgoing.message(Problem(" ".join(failed)), params["project_dir"])
-        return dict(result, failed=True, msg=msg)
+        return dict(result, failed=True, msg=server.message(Problem(" ".join(failed)), params["project_dir"]))
     return dict(
         result, changed=bool(result["restored"] or result["removed"]), volumes=snapshot.new_volumes(kept)
     )
@@ -161,12 +167,18 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
 def start(params: Mapping[str, Any]) -> Dict[str, Any]:
     """Start the container where it ran before."""
     kept = snapshot.load(params["project_dir"])
-    snapshot.wait_for_engine(_AWAY)
-    if kept is None or not snapshot.must_start(kept):
-        return {"changed": False}
-    snapshot.wait_for_memory()
-    with lock.holding(params["lock"]):
-        snapshot.start()
+    for last in (False, True):
+        try:
+            snapshot.wait_for_engine(_AWAY)
+            if kept is None or not snapshot.must_start(kept):
+                return {"changed": False}
+            snapshot.wait_for_memory()
+            with lock.holding(params["lock"]):
+                snapshot.start()
+            break
+        except container.Unanswered:
+            if last:
+                raise
     return {"changed": True}
 
 
@@ -199,7 +211,7 @@ def main() -> None:
     try:
         result = do(module.params)
     except Problem as problem:
-        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
+        module.fail_json(msg=server.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
             msg="{0} could not be written: {1}.".format(

@@ -64,7 +64,6 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compose,
     dotenv,
     lock,
-    outgoing,
     removal,
     server,
     shell,
@@ -162,7 +161,7 @@ def main() -> None:
             changed, container = bring_up(module)
     except Problem as problem:
         # Compose quotes what it can't use, and a program in the container may print anything.
-        module.fail_json(msg=outgoing.message(problem, module.params["project_dir"]))
+        module.fail_json(msg=server.message(problem, module.params["project_dir"]))
     module.exit_json(changed=changed, container=container)
 
 

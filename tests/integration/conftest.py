@@ -21,7 +21,8 @@ def clean_host(started: GpuHost) -> GpuHost:
     """The host as if it had never been provisioned."""
     started.fault("--clear")
     started.look.run(
-        f"docker rm -f vllm-server; docker volume ls -q | xargs -r docker volume rm; rm -rf {DIRECTORY} /run/vllm_gpu.lock"
+        "docker rm -f vllm-server; docker volume ls -q | xargs -r docker volume rm; docker network prune -f; "
+        f"rm -rf {DIRECTORY} /run/vllm_gpu.lock"
     )
     return started
 

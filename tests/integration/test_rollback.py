@@ -129,6 +129,8 @@ def as_it_is(host: GpuHost) -> str:
     networks = raw["NetworkSettings"]["Networks"]
     mounts = sorted(f"{one['Type']} {one['Name']} {one['Destination']}" for one in raw["Mounts"])
     text = json.dumps([made, sorted(networks), mounts], indent=1, sort_keys=True)
+    # An engine that was restarted has empty lists for what is not set.
+    text = text.replace(": null", ": []")
     return re.sub(r"^\.(proven)? .*\n", "", files, flags=re.MULTILINE) + text
 
 

@@ -383,6 +383,27 @@ def test_ways_to_name_the_card(host: Host, card: str) -> None:
     assert host.judge()["expected"]["uuid"] == GPU1
 
 
+@pytest.mark.parametrize("start", ["GPU-6fbb807e", "gpu-6FBB807E-f2", f"nvidia.com/gpu={GPU1[:-1]}"])
+def test_the_beginning_of_a_uuid_names_the_card(host: Host, start: str) -> None:
+    host.container(start)
+    assert host.judge()["expected"]["uuid"] == GPU1
+    assert f"asked for: '{start}' = GPU 1 " in host.run().flat
+    host.container("GPU-6fbb807f")
+    assert host.judge()["cause"] == "requested_gpu_missing"
+
+
+def test_the_beginning_of_two_uuids_names_no_card(host: Host) -> None:
+    card = "00000000:00:0{0}.0, 1, 0, 580.1, H200\n"
+    host.says("nvidia-smi.gpus", f"0, {GPU1[:-1]}0, {card.format(6)}1, {GPU1}, {card.format(7)}")
+    host.container(GPU1[:-1])
+    data = host.judge()
+    assert data["cause"] == "requested_gpu_unclear"
+    assert "whole UUID" in data["cure"]
+    assert f"'{GPU1[:-1]}' = not known" in host.run().flat
+    host.container(GPU1)
+    assert host.judge()["verdict"] == "ok"
+
+
 def test_the_same_card_asked_for_twice_is_one_card(host: Host) -> None:
     host.container("1", GPU1)
     assert host.judge()["verdict"] == "ok"
@@ -400,6 +421,51 @@ def test_a_mig_instance_can_be_expected(host: Host) -> None:
     assert host.judge("--expect", "0")["cause"] == "wrong_gpu"
     host.apps((GPU1, 16911, 7688))
     assert host.judge("--expect", MIG)["cause"] == "mig_instance_unclear"
+    assert host.judge("--expect", MIG[:-1] + "5")["cause"] == "no_such_gpu"
+
+
+UNLISTED = [
+    ("nvidia_smi_timeout", "", 124),
+    ("nvidia_smi_failed", "", 255),
+    ("nvidia_smi_failed", f"GPU 1: A (UUID: {GPU1})\n", 255),
+    (
+        "gpu_lost",
+        f"GPU 1: A (UUID: {GPU1})\nUnable to determine the device handle for GPU0: GPU is lost\n",
+        0,
+    ),
+    ("nvidia_smi_unparsable", f"GPU 1: A (UUID: {GPU1})\n  MIG 1g.18gb  Device  0: (UUID: N/A)\n", 0),
+]
+
+
+@pytest.mark.parametrize(("cause", "listing", "rc"), UNLISTED)
+def test_an_instance_that_may_be_unlisted_is_not_called_missing(
+    host: Host, cause: str, listing: str, rc: int
+) -> None:
+    host.says("nvidia-smi.-L", listing, rc=rc)
+    host.apps((MIG, 16911, 7688))
+    for ids, expect in (((MIG,), ()), ((f"nvidia.com/gpu={MIG}",), ()), ((), ()), ((), ("--expect", MIG))):
+        host.container(*ids)
+        (host.path / "calls").unlink(missing_ok=True)
+        data = host.judge(*expect)
+        assert (data["code"], data["cause"]) == (3, cause)
+        assert "Also:" not in data["message"]
+        assert len([call for call in host.calls if call.startswith("nvidia-smi -L")]) == 1
+    host.container(MIG)
+    assert f"'{MIG}' = not known" in host.run().flat
+    host.says("nvidia-smi.apps", listing, rc=rc)
+    if rc:  # both calls fail in the same way: told once
+        assert "Also:" not in host.judge("--expect", MIG)["message"]
+    host.apps((MIG, 16911, 7688))
+    host.container("7")
+    assert host.judge()["cause"] == "requested_gpu_missing"
+    assert "'7' = no GPU of this machine" in host.run().flat
+
+
+def test_a_damaged_inforom_hides_no_instance(host: Host) -> None:
+    listing = f"GPU 1: A (UUID: {GPU1})\n  MIG 1g.18gb     Device  0: (UUID: {MIG})\n"
+    host.says("nvidia-smi.-L", f"{listing}WARNING: infoROM is corrupted at gpu 0000:00:07.0\n", rc=14)
+    host.apps((MIG, 16911, 7688))
+    assert host.judge("--expect", MIG)["verdict"] == "ok"
     assert host.judge("--expect", MIG[:-1] + "5")["cause"] == "no_such_gpu"
 
 
@@ -587,6 +653,7 @@ def test_an_odd_card_may_be_the_one_that_is_meant(host: Host, row: str, expect: 
     assert host.judge("--expect", expect)["cause"] == "nvidia_smi_unparsable"
     host.container(expect)
     assert host.judge()["cause"] == "nvidia_smi_unparsable"
+    assert f"asked for: '{expect}' = not known" in host.run().flat
 
 
 def test_two_cards_of_one_name_are_no_card(host: Host) -> None:
@@ -699,6 +766,61 @@ def test_a_record_that_never_ends_or_is_none(host: Host, kind: str) -> None:
         gpu.symlink_to("gpu" if kind == "a link to itself" else "/dev/zero")
     data = host.judge()
     assert (data["verdict"], data["notes"]) == ("ok", [])
+
+
+@pytest.mark.parametrize("closed", [".proven", "7", ".proven/current/gpu"])
+def test_a_record_that_may_not_be_read_is_not_taken_for_none(host: Host, closed: str) -> None:
+    """A user of the group docker, who may read neither root's .proven nor what is in it."""
+    proven(host, f"1 {GPU0}\n")
+    project = host.path / "project"
+    (project / ".proven/current").rename(project / "7")
+    (project / ".proven/current").symlink_to("../7")
+    if not os.getuid():  # root may read everything, but for this
+        drop = "exec setpriv --bounding-set=-dac_override,-dac_read_search /bin/bash"
+        (host.path / "bash").write_text(f'#!/bin/sh\n{drop} "$@"\n')
+        (host.path / "bash").chmod(0o755)
+    assert host.judge()["cause"] == "gpu_drifted"
+    mode = (project / closed).stat().st_mode
+    (project / closed).chmod(0)
+    data = host.judge()
+    (project / closed).chmod(mode)
+    gpu = project / ".proven/current/gpu"
+    assert data["notes"] == [f"Which GPU was proven is not known: {gpu} can't be read. Run this as root."]
+    gpu.unlink()
+    assert host.judge()["notes"] == []
+
+
+# --- Another machine's engine --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["ssh://gpu-b", "tcp://127.0.0.1:2375", "gpu-b:2375"])
+def test_the_engine_of_another_machine_proves_nothing(host: Host, address: str) -> None:
+    data = host.run("--json", env={"DOCKER_HOST": address, "DOCKER_CONTEXT": "default"}).json
+    assert (data["code"], data["cause"], data["container"]) == (3, "remote_engine", None)
+    assert address in data["message"]
+    assert len(data["gpus"]) == 2
+    host.says("docker.context", f"{address}\n")
+    config = host.path / "config.json"
+    config.write_text('{"auths": {},\n\t"currentContext": "gpu-b"}\n')
+    for env in ({"DOCKER_CONTEXT": "gpu-b"}, {"DOCKER_CONFIG": str(host.path)}):
+        assert host.run("--json", env=env).json["cause"] == "remote_engine"
+    host.says("docker.context", err='context "gpu-b": context not found', rc=1)
+    assert "context not found" in host.run("--json", env={"DOCKER_CONTEXT": "gpu-b"}).json["message"]
+
+
+def test_another_socket_of_this_machine_is_fine(host: Host) -> None:
+    (host.path / "config.json").write_text('{"currentContext": "gpu-b"}')
+    here, config = {"DOCKER_HOST": "unix:///run/user/7/docker.sock"}, {"DOCKER_CONFIG": str(host.path)}
+    for env in (
+        {},
+        here,
+        here | config | {"DOCKER_CONTEXT": "gpu-b"},
+        config | {"DOCKER_CONTEXT": "default"},
+    ):
+        assert host.run("--json", env=env).json["verdict"] == "ok"
+    assert not [call for call in host.calls if call.startswith("docker context")]
+    host.says("docker.context", "unix:///run/user/7/docker.sock\n")
+    assert host.run("--json", env={"DOCKER_CONTEXT": "rootless"}).json["verdict"] == "ok"
 
 
 SOCKET = "unix:///var/run/docker.sock"
@@ -891,8 +1013,12 @@ def test_the_container_lost_its_view(host: Host) -> None:
         (("0,1",), {}, "asked_for_several", "several GPUs (0 1)"),
         (("7",), {}, "requested_gpu_missing", "asked for GPU '7'"),
         (("1", "7"), {}, "requested_gpu_missing", "asked for GPU '7'"),
-        (("none",), {}, "requested_gpu_missing", "asked for GPU 'none'"),
-        (('x"\n1',), {}, "requested_gpu_missing", "asked for GPU 'x"),
+        (("GPU-00000000",), {}, "requested_gpu_missing", "asked for GPU 'GPU-00000000'"),
+        (("none",), {}, "requested_gpu_unclear", "asked for GPU 'none'"),
+        (("1:0",), {}, "requested_gpu_unclear", "asked for GPU '1:0', a spelling that"),
+        (("nvidia.com/gpu=1:0",), {"driver": "cdi"}, "requested_gpu_unclear", "a spelling that"),
+        (("GPU-6fbb",), {}, "requested_gpu_unclear", "asked for GPU 'GPU-6fbb', a spelling that"),
+        (('x"\n1',), {}, "requested_gpu_unclear", "asked for GPU 'x"),
     ],
 )
 def test_no_expectation(

@@ -64,7 +64,7 @@ def test_no_answer_is_not_no(docker: Docker, said: str) -> None:
 def test_an_engine_that_is_too_slow_is_no_answer(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
     docker(sleep=5)
     run = shell.run
-    monkeypatch.setattr(shell, "run", lambda argv: run(argv, timeout=0.2))
+    monkeypatch.setattr(shell, "run", lambda argv, **_options: run(argv, timeout=0.2))
     with pytest.raises(
         container.Unanswered, match=r"`docker inspect` gave no answer in 0\.2 s\. Check the Docker"
     ):
@@ -86,7 +86,7 @@ def test_any_other_failure_is_quoted(docker: Docker, said: str, quoted: str | No
     docker(err=said, code=125)
     with pytest.raises(shell.Problem) as problem:
         container.ask(["image", "inspect", "x"])
-    assert str(problem.value) == f"`docker image` failed with exit code 125: {quoted or said}"
+    assert str(problem.value) == f"`docker image inspect x` failed with exit code 125: {quoted or said}"
     assert not isinstance(problem.value, container.Unanswered)
 
 

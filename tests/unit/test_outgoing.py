@@ -150,4 +150,22 @@ def test_a_file_that_is_none_or_never_ends(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"\xff\xfe\nA_KEY=a\xffb-123\n")
-    assert len(outgoing.known(str(tmp_path), {})) == 1
+    assert outgoing.known(str(tmp_path), {}) == {"a\ufffdb-123", "\ufffd\ufffd"}
+
+
+def test_what_no_line_of_env_should_be_is_a_secret(tmp_path: Path) -> None:
+    """Compose quotes the whole line when it refuses the file."""
+    (tmp_path / ".env").write_text("# a note: nothing\nVLLM!API_KEY=sk-live-123456\nA=1\n", encoding="utf-8")
+    assert outgoing.known(str(tmp_path), {}) == {"sk-live-123456"}
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("http://u:S3CRETpw@p:1", "S3CRETpw"),
+        ("http://u:p@ss@p", "p@ss"),
+        ("https://ghp_0123456789@host", "ghp_0123456789"),
+    ],
+)
+def test_the_login_of_a_url(url: str, secret: str) -> None:
+    assert list(outgoing.secret_values({"PROXY": url})) == [secret]

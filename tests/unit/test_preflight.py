@@ -359,6 +359,11 @@ def test_a_port_that_may_not_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 ENGINES = ("docker-proxy", "dockerd", "")
 
 
+@pytest.mark.parametrize("address", ["224.0.0.1", "127.255.255.255"])
+def test_an_address_that_nobody_can_connect_to(address: str) -> None:
+    assert port_problem(address, 8000) is not None
+
+
 @pytest.mark.parametrize("program", [*ENGINES, "python3"])
 @pytest.mark.parametrize("status", ["running", "restarting", "exited", "created"])
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
@@ -472,3 +477,10 @@ def test_an_engine_that_says_no_version_is_quoted(
 )
 def test_an_options_values(words: list[str], values: list[str]) -> None:
     assert preflight.option(words, "--x") == values
+
+
+def test_an_odd_row_of_another_card_is_no_match_and_no_traceback() -> None:
+    odd = {"index": None, "uuid": None, "pci_bus_id": None, "name": None}
+    assert not preflight.is_called(odd, "None")
+    assert not preflight.is_called(odd, "1")
+    assert preflight.describe([odd]) == "? (?, ?)"

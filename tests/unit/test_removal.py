@@ -214,7 +214,10 @@ def test_env_keeps_its_users_keys_in_a_file_for_nobody_else(tmp_path: Path) -> N
     )
     assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == ([], [f"MINE in {env}"])
     real.write_text("VLLM_API_KEY=s\n", encoding="utf-8")
-    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == ([str(env)], [])
+    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == (
+        sorted([str(env), str(real)]),
+        [],
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -328,3 +328,26 @@ def test_a_secret_belongs_with_the_secrets_and_only_there() -> None:
     assert only(server_env=both, secret_env=both) == (
         "A is in vllm_gpu_env and in vllm_gpu_secret_env. Keep one of them."
     )
+
+
+def test_a_variable_without_a_value_is_empty() -> None:
+    problems = list(settings.check(wanted(VLLM_MODEL=None)))
+    assert problems == ["vllm_gpu_model is empty. Give it a value, or leave it out for its default."]
+
+
+@pytest.mark.parametrize("address", ["224.0.0.1", "255.255.255.255", "ff02::1"])
+def test_an_address_of_many_is_none_of_the_host(address: str) -> None:
+    assert any(
+        "vllm_gpu_bind_address is " in one for one in settings.check(wanted(VLLM_BIND_ADDRESS=address))
+    )
+
+
+def test_the_served_name_is_written_in_full() -> None:
+    (problem,) = settings.check(wanted(extra_args=["--served-model", "chat"]))
+    assert "Write --served-model-name in full" in problem
+
+
+def test_a_password_within_a_url_is_a_secret() -> None:
+    (problem,) = settings.check(wanted(server_env={"HTTPS_PROXY": "http://u:S3CRETpw@proxy:3128"}))
+    assert "HTTPS_PROXY, which looks like a secret" in problem
+    assert "S3CRET" not in problem

@@ -230,9 +230,10 @@ def test_after_an_interrupted_change_its_beginning_counts(project: Path, docker:
     docker.add(OLD)
     take(project)
     before = found(project / ".env")
+    snapshot.note_written(str(project), {str(project / ".env"): b"new"})
     overwrite(project / ".env")
     docker.images["vllm:1"] = "sha256:2"
-    docker.containers.clear()
+    del docker.containers[OLD]
     docker.add(NEW)
     kept = take(project, proven=False, images=("vllm:1", "vllm:3"))
     assert kept["interrupted"]
@@ -240,6 +241,19 @@ def test_after_an_interrupted_change_its_beginning_counts(project: Path, docker:
     assert kept["images"] == {"vllm:1": "sha256:1", "vllm:3": None}
     snapshot.restore_files(kept)
     assert found(project / ".env") == before
+
+
+def test_what_a_person_has_edited_since_an_interrupted_change_stays(project: Path, docker: Docker) -> None:
+    docker.add(OLD)
+    take(project)
+    snapshot.note_written(str(project), {str(project / ".env"): b"new"})
+    overwrite(project / ".env")
+    (project / ".env").write_bytes(b"new, and what I want")
+    edited = found(project / ".env")
+    kept = take(project, proven=False)
+    overwrite(project / ".env")
+    snapshot.restore_files(kept)
+    assert found(project / ".env") == edited
 
 
 def test_files_of_an_interrupted_change_are_not_the_old_servers(project: Path, docker: Docker) -> None:
@@ -252,7 +266,7 @@ def test_files_of_an_interrupted_change_are_not_the_old_servers(project: Path, d
 def test_a_change_that_came_to_its_end_all_the_same_is_over(project: Path, docker: Docker) -> None:
     docker.add(OLD)
     take(project)
-    docker.containers.clear()
+    del docker.containers[OLD]
     docker.add(NEW)
     assert take(project, proven=True)["container"]["Id"] == NEW
     docker.containers.clear()
@@ -267,7 +281,7 @@ def test_a_change_that_came_to_its_end_all_the_same_is_over(project: Path, docke
 def test_the_container_is_made_again(project: Path, docker: Docker) -> None:
     docker.add(OLD)
     kept = take(project)
-    docker.containers.clear()
+    del docker.containers[OLD]
     docker.add(NEW)
     docker.add("c" * 64, name="aaaaaaaaaaaa_vllm-server")
     docker.add("d" * 64, name="my-vllm-server")
@@ -284,7 +298,7 @@ def test_a_name_that_means_another_image_is_not_made_from(project: Path, docker:
     docker.add(OLD)
     docker.images["vllm:1"] = "sha256:2"  # moved before this change, by somebody
     kept = take(project)
-    docker.containers.clear()
+    del docker.containers[OLD]
     snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
     assert docker.done == ["create vllm-server from sha256:1 as a"]
 
@@ -385,8 +399,48 @@ def test_one_thing_that_cannot_be_put_back_keeps_no_other(
 
     monkeypatch.setattr(shell, "run", failing)
     done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
-    assert done.failed == ["`docker image tag sha256:1 vllm:1` failed: no"]
+    assert done.failed == ["`docker image tag sha256:1 vllm:1` failed with exit code 1: no"]
     assert done.removed == ["the container that failed"]
+
+
+@pytest.mark.parametrize("step", [["network", "rm"], ["image", "tag"]])
+def test_what_else_fails_costs_no_server(
+    project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch, step: list[str]
+) -> None:
+    docker.add(OLD)
+    kept = take(project, images=("vllm:1",))
+    del docker.containers[OLD]
+    docker.images["vllm:1"] = "sha256:2"
+    docker.networks = [
+        {"Id": "3", "Name": "vllm-gpu_default", "Labels": {PROJECT: "vllm-gpu"}, "Containers": {}}
+    ]
+    docker.add(NEW)
+    run = docker.run
+
+    def failing(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
+        return shell.Output(1, "", "no") if argv[1:3] == step else run(argv, **options)
+
+    monkeypatch.setattr(shell, "run", failing)
+    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    assert len(done.failed) == 1
+    assert any("the container vllm-server" in one for one in done.restored)
+
+
+@pytest.mark.parametrize("step", ["stop", "rm"])
+def test_an_engine_that_goes_away_in_the_middle_is_no_failed_step(
+    project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    kept = take(project)
+    docker.add(NEW)
+    run = docker.run
+
+    def away(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
+        answer = shell.Output(1, "", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
+        return answer if argv[1] == step else run(argv, **options)
+
+    monkeypatch.setattr(shell, "run", away)
+    with pytest.raises(container.Unanswered):
+        snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
 
 
 def test_an_engine_that_is_away_is_waited_for(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
