@@ -356,10 +356,13 @@ class Rollout:
             return f"{right} of {n_hosts(len(self.hosts))} {'is' if right == 1 else 'are'} proven so far."
         if outcome == "stopped":
             return f"Stopped as asked: {n_hosts(right)} {'is' if right == 1 else 'are'} proven. {left}"
-        if not lost and not untouched:
-            return f"Ansible ended with an error, though each host was proven before: {n_hosts(right)}."
         if not lost:
-            return f"It ended before all hosts had their turn. {left}"
+            early = (
+                "It ended before all hosts had their turn."
+                if untouched
+                else "Ansible itself ended with an error."
+            )
+            return f"{early} {left}"
         wave = max((host.wave or 0) for host in lost)
         where = "at the canary" if wave == 1 else f"in wave {wave}"
         return f"Stopped {where}: {who}. {left}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from urllib.parse import quote
+
 import pytest
 from fleet.text import visible, visible_in, without
 
@@ -25,3 +28,9 @@ def test_control_characters_are_written_out(text: str, shown: str) -> None:
 
 def test_secrets_are_hidden_the_longest_first() -> None:
     assert without(["sk-1", "sk-12345", "", "1"], "sk-12345 and sk-1: 1") == "(hidden) and (hidden): 1"
+
+
+@pytest.mark.parametrize("secret", ['pa"s\\s/w ö&rd', "a$b'c"])
+def test_secrets_are_hidden_as_json_and_in_a_url_as_well(secret: str) -> None:
+    spelled = [secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe=""), repr(secret)[1:-1]]
+    assert without([secret], " ".join(spelled)) == " ".join(["(hidden)"] * len(spelled))
