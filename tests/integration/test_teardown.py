@@ -132,23 +132,6 @@ def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) 
     assert served.files() == before
 
 
-def test_an_installation_of_the_earlier_project_moves_over_once(served: GpuHost) -> None:
-    served.look.check_output(
-        f"cd {DIRECTORY} && docker rm --force vllm-server && rm -r .proven && "
-        "sed -i 's/^COMPOSE_PROJECT_NAME=.*/COMPOSE_PROJECT_NAME=vllm/; /^VLLM_VOLUME_PREFIX/d' .env && "
-        f"VLLM_VOLUME_PREFIX=vllm {COMPOSE} --project-name vllm up --detach && docker volume ls"
-    )
-    assert served.look.check_output("docker network ls").count("vllm_default") == 1
-    served.serve(gpu_device_id=0)
-    project = '{{index .Config.Labels "com.docker.compose.project"}} {{range .Mounts}}{{.Name}} {{end}}'
-    said = served.look.check_output(f"docker inspect --format '{project}' vllm-server").split()
-    assert (said[0], set(said[1:])) == (
-        "vllm-gpu", {"vllm_huggingface-cache", "vllm_vllm-cache", "vllm_vllm-models"}
-    )  # fmt: skip
-    assert "vllm_default" not in served.look.check_output("docker network ls")
-    assert served.serve(gpu_device_id=0).changed == 0
-
-
 def tree(pid: int) -> list[int]:
     """Return a process with all that it has started; each stands still from here on."""
     found = [pid]
