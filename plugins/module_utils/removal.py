@@ -26,6 +26,8 @@ class Container(NamedTuple):
     started_at: str
     stop_timeout: int
     image: str
+    # Whether Compose knows it for one of its own; otherwise its name is in the way.
+    composed: bool
     storage: List[str]
 
 
@@ -53,6 +55,7 @@ def _container(raw: Mapping[str, Any]) -> Container:
         raw["State"]["StartedAt"],
         raw["Config"].get("StopTimeout") or 10,
         raw["Config"]["Image"],
+        "com.docker.compose.container-number" in labels,
         [
             "volume " + one["Name"] if one["Type"] == "volume" else one["Source"]
             for one in raw.get("Mounts") or []

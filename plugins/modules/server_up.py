@@ -128,7 +128,7 @@ def bring_up(module: AnsibleModule) -> Tuple[bool, str]:
     removal.check_owner(before, projects, directory)
     env = server.installed_files(directory)[1].after
     project = dotenv.values(env).get(_PROJECT) or projects[0]
-    earlier = [one for one in before if one.project != project]
+    earlier = [one for one in before if one.project != project or not one.composed]
     if module.check_mode:
         return False, ""
     if earlier:
