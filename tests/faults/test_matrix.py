@@ -280,7 +280,6 @@ ROWS = [
     Row("a record that others could write", "can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
     Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
     Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && chgrp ops .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}),
-    Row("bad model, and .env is a link", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && mv .env /root/linked && ln -s /root/linked .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}, cure=on_host(f"cd {DIRECTORY} && rm .env && mv /root/linked .env")),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
     Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
