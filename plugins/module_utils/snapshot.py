@@ -29,7 +29,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Proble
 # Of what is kept; bytes. Each file in it has a limit of its own.
 _LARGEST = 16 << 20
 # All that a change may write in the project's directory, besides `.proven`.
-FILES = ("docker-compose.serving.yml", ".env", "server.env", "check_gpu_allocation.sh")
+FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
 _PROJECT = "com.docker.compose.project"
 _WORKING_DIR = "com.docker.compose.project.working_dir"
 _LINKS = ("current", "previous")

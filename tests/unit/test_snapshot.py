@@ -147,10 +147,13 @@ def test_what_did_not_change_is_not_named(project: Path) -> None:
 
 
 def test_what_was_not_there_goes_again(project: Path) -> None:
+    (project / "check_gpu_allocation.sh").unlink()
     kept = take(project)
-    overwrite(project / "server.env")
-    assert snapshot.restore_files(kept) == snapshot.Outcome([], [str(project / "server.env")], [])
-    assert not (project / "server.env").exists()
+    overwrite(project / "check_gpu_allocation.sh")
+    assert snapshot.restore_files(kept) == snapshot.Outcome(
+        [], [str(project / "check_gpu_allocation.sh")], []
+    )
+    assert not (project / "check_gpu_allocation.sh").exists()
 
 
 @pytest.mark.parametrize("dangling", [False, True])
