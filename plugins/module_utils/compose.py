@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Set, Tuple
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -32,15 +32,12 @@ def _memory_file(content: bytes) -> int:
     return descriptor
 
 
-def resolve(
-    files: Mapping[str, bytes], project_dir: str, project: str, config_hash: Optional[str]
-) -> Tuple[Dict[str, Any], str]:
+def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Tuple[Dict[str, Any], str]:
     """Return the service as Compose itself resolves it, and its config hash.
 
     The files need not be on the host yet: Compose reads them from memory. The
     hash is the one that Compose puts on the container as a label, so "would
-    `up` recreate it?" is answered by Compose and not by a copy of its rules;
-    it is asked for only where `config_hash` doesn't tell it already.
+    `up` recreate it?" is answered by Compose and not by a copy of its rules.
     """
     descriptors = [_memory_file(files[COMPOSE_FILE]), _memory_file(files[ENV_FILE])]
     try:
@@ -48,19 +45,17 @@ def resolve(
         base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
         base += ["--file", paths[0], "--env-file", paths[1], "config"]
         config = shell.run([*base, "--format", "json"], env=environment())
-        hashed = shell.run([*base, "--hash", SERVICE], env=environment()) if config_hash is None else None
+        hashed = shell.run([*base, "--hash", SERVICE], env=environment())
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    for output in filter(None, (config, hashed)):
+    for output in (config, hashed):
         if output.code != 0:
             said = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
             raise Problem(explain(said, project_dir))
-    if hashed:
-        config_hash = hashed.out.split()[-1]
     # What it prints is meant to be read by Compose again: each $ is doubled.
     service = json.loads(config.out.replace("$$", "$"))["services"][SERVICE]
-    return dict(service), str(config_hash)
+    return dict(service), hashed.out.split()[-1]
 
 
 def passed_on(compose_file: bytes) -> Set[str]:

@@ -390,41 +390,77 @@ def read_running(state: Dict[str, Any]) -> None:
         state["api"] = api.probe(container.made_from(raw), placed=state["referee"]["code"] == 0)
 
 
-def read_service(
-    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], known_hash: Optional[str]
+def resolve(
+    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], *, as_installed: bool
 ) -> Tuple[Dict[str, Any], str]:
-    """Compare the container with the service of the files; return that, and its config hash."""
+    """Return the service that the files describe and its config hash; add where it isn't the wanted one to `problems`."""
+    contents = {os.path.basename(change.path): change.after for change in files}
+    service, config_hash = compose.resolve(contents, wanted["project_dir"], state["project"])
+    check_service(service)
+    if not as_installed:
+        state["problems"].extend(compose.contradictions(service, wanted))
+    return service, config_hash
+
+
+def read_service(
+    files: Sequence[FileChange],
+    wanted: Mapping[str, Any],
+    state: Dict[str, Any],
+    known_hash: Optional[str],
+    *,
+    as_installed: bool,
+) -> Tuple[Dict[str, Any], str]:
+    """Compare the container with the service of the files; return that, and its config hash.
+
+    `known_hash` is the one that Compose told of the very same files when they were proven.
+    A server that was made from them, and is right, says itself what they mean.
+    """
     raw = read_container(state)
     found = state["container"]
-    # A newer Compose may hash otherwise: only one that asks for no change is taken as known.
-    if found is None or found["config_hash"] != known_hash:
-        known_hash = None
-    contents = {os.path.basename(change.path): change.after for change in files}
-    service, config_hash = compose.resolve(contents, wanted["project_dir"], state["project"], known_hash)
-    check_service(service)
+    if raw is None or found is None or found["config_hash"] != known_hash:
+        service, config_hash = resolve(files, wanted, state, as_installed=as_installed)
+        compare_container(raw, service, config_hash, wanted, state)
+        return service, config_hash
+    service = container.made_from(raw)
+    compare_container(raw, service, found["config_hash"], wanted, state)
+    if state["problems"] or doubts(state):
+        service, _hash = resolve(files, wanted, state, as_installed=as_installed)
+    return service, found["config_hash"]
+
+
+def compare_container(
+    raw: Optional[Mapping[str, Any]],
+    service: Mapping[str, Any],
+    config_hash: str,
+    wanted: Mapping[str, Any],
+    state: Dict[str, Any],
+) -> None:
+    """Fill in whether the container is the wanted one, and what its API says."""
+    found = state["container"]
     state["image"] = service["image"]
     wanted_image = container.image_id(service["image"])
     state["image_present"] = wanted_image is not None
-    if found:
-        check_owner(found, wanted["project_dir"])
-        state["recreate"] = (
-            found["config_hash"] != config_hash
-            or found["image_id"] != wanted_image
-            or found["project"] != state["project"]
-        )
-        proven_at = (state["last_proven"] or {}).get("proven_at", "")
-        found["was_ready"] = found["health"] == "healthy" or (
-            # The engine asks for its health only every ten seconds.
-            not state["recreate"] and proven_at[:19] >= found["started_at"][:19]
-        )
-    if raw and found and found["status"] == "running":
-        # A container that will be replaced listens where it was told before.
-        if not state["recreate"]:
-            state["api"] = api.probe(service, placed=state["referee"]["code"] == 0)
-            state["serving"] = state["api"]["healthy"]
-        elif found["bindings"] and not state["referee"]["processes"]:
-            state["serving"] = api.probe(container.made_from(raw), placed=False)["healthy"]
-    return service, config_hash
+    if raw is None or found is None:
+        return
+    check_owner(found, wanted["project_dir"])
+    state["recreate"] = (
+        found["config_hash"] != config_hash
+        or found["image_id"] != wanted_image
+        or found["project"] != state["project"]
+    )
+    proven_at = (state["last_proven"] or {}).get("proven_at", "")
+    found["was_ready"] = found["health"] == "healthy" or (
+        # The engine asks for its health only every ten seconds.
+        not state["recreate"] and proven_at[:19] >= found["started_at"][:19]
+    )
+    if found["status"] != "running":
+        return
+    # A container that will be replaced listens where it was told before.
+    if not state["recreate"]:
+        state["api"] = api.probe(service, placed=state["referee"]["code"] == 0)
+        state["serving"] = state["api"]["healthy"]
+    elif found["bindings"] and not state["referee"]["processes"]:
+        state["serving"] = api.probe(container.made_from(raw), placed=False)["healthy"]
 
 
 class Judged(NamedTuple):
@@ -454,16 +490,12 @@ def read_files(
     state["project"] = project_of(files, wanted, as_installed=as_installed)
     contents = {os.path.basename(one.path): one.after for one in files[:2]}
     same = last if last and contents.items() <= last.files.items() else None
-    # Of the very files that were proven, Compose told the hash then.
-    service, config_hash = read_service(
-        files, wanted, state, same.record.get("config_hash") if same else None
-    )
+    known_hash = same.record.get("config_hash") if same else None
+    service, config_hash = read_service(files, wanted, state, known_hash, as_installed=as_installed)
     state["secrets"].update(
         outgoing.secret_values(service.get("environment") or {}, settings.secrets(wanted))
     )
     state["notes"].extend(orphans(files))
-    if not as_installed:
-        state["problems"].extend(compose.contradictions(service, wanted))
     return Judged(service, config_hash, same)
 
 

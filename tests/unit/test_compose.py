@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -36,7 +35,7 @@ def resolved(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: 
     files = {compose.COMPOSE_FILE: text.encode(), compose.ENV_FILE: dotenv.merge(b"", settings.env_keys(one))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_CONFIG", str(ROOT / ".cache/docker"))
-        service, config_hash = compose.resolve(files, one["project_dir"], "vllm-gpu", None)
+        service, config_hash = compose.resolve(files, one["project_dir"], "vllm-gpu")
     assert re.fullmatch("[0-9a-f]{64}", config_hash)
     return one, service
 
@@ -153,16 +152,6 @@ def test_nothing_but_env_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 FILES = {compose.COMPOSE_FILE: b"services: {}\n", compose.ENV_FILE: b""}
 
 
-def test_the_hash_is_only_asked_for_where_it_is_not_known(
-    docker: Callable[..., Callable[[], list[str]]],
-) -> None:
-    calls = docker(json.dumps({"services": {"vllm": {"image": "a$$b"}}}))
-    assert compose.resolve(FILES, "/opt/x", "p", "abc") == ({"image": "a$b"}, "abc")
-    assert [call.endswith("config --format json") for call in calls()] == [True]
-    compose.resolve(FILES, "/opt/x", "p", None)
-    assert calls()[-1].endswith("--hash vllm")
-
-
 @pytest.mark.parametrize(
     "said",
     [
@@ -178,7 +167,7 @@ def test_another_failure_is_quoted_and_no_cause_is_guessed(
 ) -> None:
     docker(err=said, code=1)
     with pytest.raises(shell.Problem) as problem:
-        compose.resolve(FILES, "/opt/x", "p", None)
+        compose.resolve(FILES, "/opt/x", "p")
     assert str(problem.value) == f"Compose can't use the configuration for /opt/x: {said}"
 
 
@@ -190,7 +179,7 @@ def test_what_compose_says_names_the_files_of_the_host() -> None:
             lambda argv, **_: shell.Output(1, "", f"{argv[argv.index('--env-file') + 1]}: line 3: bad"),
         )
         with pytest.raises(shell.Problem, match=r"for /opt/x: \.env: line 3: bad"):
-            compose.resolve(FILES, "/opt/x", "p", None)
+            compose.resolve(FILES, "/opt/x", "p")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet.processes import kill_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hosts without an engine or a way to root: each would be refused.
@@ -191,15 +192,18 @@ def test_ctrl_c_ends_an_ansible_that_hangs_with_its_workers(
         )
 
     with subprocess.Popen(command(tmp_path, *words), **where(tmp_path)) as process:
-        deadline = time.monotonic() + 120
-        while not hangs():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        for number in range(signals):
-            assert process.poll() is None, f"ended by signal {number}"
-            process.send_signal(signal.SIGINT)
-            time.sleep(1)
-        assert process.wait(30) == 130
+        try:
+            deadline = time.monotonic() + 120
+            while not hangs():
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            for number in range(signals):
+                assert process.poll() is None, f"ended by signal {number}"
+                process.send_signal(signal.SIGINT)
+                time.sleep(1)
+            assert process.wait(30) == 130
+        finally:
+            kill_tree(process.pid)
     assert not hangs()
 
 
