@@ -251,7 +251,7 @@ def test_a_file_with_another_mode_differs(tmp_path: Path) -> None:
     assert [change.differs for change in server.compare_files(one)] == [False, True, False]
 
 
-def raw_container(config_hash: str) -> dict[str, Any]:
+def raw_container(config_hash: str | None) -> dict[str, Any]:
     """Return what the engine says of a container of the role's."""
     return {
         "Id": "c1",
@@ -275,12 +275,17 @@ def raw_container(config_hash: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("made_from", "error", "asked"),
-    [("known", None, 0), ("other", None, 1), ("known", "no answer", 1)],
-    ids=["right", "other settings", "in doubt"],
+    ("known", "made_from", "error", "asked"),
+    [
+        ("known", "known", None, 0),
+        ("known", "other", None, 1),
+        ("known", "known", "no answer", 1),
+        (None, None, None, 1),
+    ],
+    ids=["right", "other settings", "in doubt", "neither proven nor made by Compose"],
 )
 def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
-    monkeypatch: pytest.MonkeyPatch, made_from: str, error: str | None, asked: int
+    monkeypatch: pytest.MonkeyPatch, known: str | None, made_from: str | None, error: str | None, asked: int
 ) -> None:
     resolved = {"image": "vllm/vllm-openai:v1", "command": ["model"], "volumes": []}
     calls = []
@@ -292,9 +297,9 @@ def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
     state.update(problems=[], gpu=GPUS[0], project="vllm-gpu")
     state["referee"] = {"code": 0, "container_id": "c1", "processes": [1]}
     service, config_hash = server.read_service(
-        [], wanted(project_dir="/opt/x"), state, "known", as_installed=False
+        [], wanted(project_dir="/opt/x"), state, known, as_installed=False
     )
     assert len(calls) == asked
     assert ("volumes" in service) == bool(asked)  # which the checks before a change read
-    assert config_hash == ("new" if made_from == "other" else "known")
-    assert state["recreate"] == (made_from == "other")
+    assert config_hash == ("known" if made_from == "known" else "new")
+    assert state["recreate"] == (made_from != "known")
