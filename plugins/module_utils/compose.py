@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Set
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -32,30 +32,36 @@ def _memory_file(content: bytes) -> int:
     return descriptor
 
 
-def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Tuple[Dict[str, Any], str]:
-    """Return the service as Compose itself resolves it, and its config hash.
-
-    The files need not be on the host yet: Compose reads them from memory. The
-    hash is the one that Compose puts on the container as a label, so "would
-    `up` recreate it?" is answered by Compose and not by a copy of its rules.
-    """
+def _config(files: Mapping[str, bytes], project_dir: str, project: str, *options: str) -> str:
+    """Return what `docker compose config` prints. The files need not be on the host yet: it reads them from memory."""
     descriptors = [_memory_file(files[COMPOSE_FILE]), _memory_file(files[ENV_FILE])]
     try:
         paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
         base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
         base += ["--file", paths[0], "--env-file", paths[1], "config"]
-        config = shell.run([*base, "--format", "json"], env=environment())
-        hashed = shell.run([*base, "--hash", SERVICE], env=environment())
+        output = shell.run([*base, *options], env=environment())
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    for output in (config, hashed):
-        if output.code != 0:
-            said = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
-            raise Problem(explain(said, project_dir))
-    # What it prints is meant to be read by Compose again: each $ is doubled.
-    service = json.loads(config.out.replace("$$", "$"))["services"][SERVICE]
-    return dict(service), hashed.out.split()[-1]
+    if output.code != 0:
+        said = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
+        raise Problem(explain(said, project_dir))
+    return output.out
+
+
+def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Dict[str, Any]:
+    """Return the service as Compose itself resolves it."""
+    printed = _config(files, project_dir, project, "--format", "json")
+    # It is meant to be read by Compose again: each $ is doubled.
+    return dict(json.loads(printed.replace("$$", "$"))["services"][SERVICE])
+
+
+def config_hash(files: Mapping[str, bytes], project_dir: str, project: str) -> str:
+    """Return the hash that Compose puts on the service's container as a label.
+
+    "Would `up` recreate it?" is answered by Compose and not by a copy of its rules.
+    """
+    return _config(files, project_dir, project, "--hash", SERVICE).split()[-1]
 
 
 def passed_on(compose_file: bytes) -> Set[str]:

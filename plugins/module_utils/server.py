@@ -391,19 +391,18 @@ def read_running(state: Dict[str, Any]) -> None:
 
 
 def resolve(
-    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], *, as_installed: bool
-) -> Tuple[Dict[str, Any], str]:
-    """Return the service that the files describe and its config hash; add where it isn't the wanted one to `problems`."""
-    contents = {os.path.basename(change.path): change.after for change in files}
-    service, config_hash = compose.resolve(contents, wanted["project_dir"], state["project"])
+    contents: Mapping[str, bytes], wanted: Mapping[str, Any], state: Dict[str, Any], *, as_installed: bool
+) -> Dict[str, Any]:
+    """Return the service that the files describe; add to `problems` where it isn't the wanted one."""
+    service = compose.resolve(contents, wanted["project_dir"], state["project"])
     check_service(service)
     if not as_installed:
         state["problems"].extend(compose.contradictions(service, wanted))
-    return service, config_hash
+    return service
 
 
 def read_service(
-    files: Sequence[FileChange],
+    contents: Mapping[str, bytes],
     wanted: Mapping[str, Any],
     state: Dict[str, Any],
     known_hash: Optional[str],
@@ -416,16 +415,16 @@ def read_service(
     A server that was made from them, and is right, says itself what they mean.
     """
     raw = read_container(state)
-    found = state["container"]
-    if raw is None or found is None or known_hash is None or found["config_hash"] != known_hash:
-        service, config_hash = resolve(files, wanted, state, as_installed=as_installed)
-        compare_container(raw, service, config_hash, wanted, state)
-        return service, config_hash
-    service = container.made_from(raw)
-    compare_container(raw, service, found["config_hash"], wanted, state)
-    if state["problems"] or doubts(state):
-        service, _hash = resolve(files, wanted, state, as_installed=as_installed)
-    return service, found["config_hash"]
+    if raw is not None and known_hash is not None and state["container"]["config_hash"] == known_hash:
+        service = container.made_from(raw)
+        compare_container(raw, service, known_hash, wanted, state)
+        if state["problems"] or doubts(state):
+            service = resolve(contents, wanted, state, as_installed=as_installed)
+        return service, known_hash
+    service = resolve(contents, wanted, state, as_installed=as_installed)
+    config_hash = compose.config_hash(contents, wanted["project_dir"], state["project"])
+    compare_container(raw, service, config_hash, wanted, state)
+    return service, config_hash
 
 
 def compare_container(
@@ -440,7 +439,7 @@ def compare_container(
     state["image"] = service["image"]
     wanted_image = container.image_id(service["image"])
     state["image_present"] = wanted_image is not None
-    if raw is None or found is None:
+    if raw is None:
         return
     check_owner(found, wanted["project_dir"])
     state["recreate"] = (
@@ -491,7 +490,7 @@ def read_files(
     contents = {os.path.basename(one.path): one.after for one in files[:2]}
     same = last if last and contents.items() <= last.files.items() else None
     known_hash = same.record.get("config_hash") if same else None
-    service, config_hash = read_service(files, wanted, state, known_hash, as_installed=as_installed)
+    service, config_hash = read_service(contents, wanted, state, known_hash, as_installed=as_installed)
     state["secrets"].update(
         outgoing.secret_values(service.get("environment") or {}, settings.secrets(wanted))
     )

@@ -92,7 +92,7 @@ def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[s
     made = dict(proof, image_digests=image_digests(proof["image_id"]))
     # Later reads rely on its being that of these very files.
     project = dotenv.values(files[server.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
-    if compose.resolve(files, directory, project)[1] != proof["config_hash"]:
+    if compose.config_hash(files, directory, project) != proof["config_hash"]:
         return {"changed": False, "found": False, "record": {}, "restored": []}
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:

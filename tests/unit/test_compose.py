@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -35,7 +36,8 @@ def resolved(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: 
     files = {compose.COMPOSE_FILE: text.encode(), compose.ENV_FILE: dotenv.merge(b"", settings.env_keys(one))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_CONFIG", str(ROOT / ".cache/docker"))
-        service, config_hash = compose.resolve(files, one["project_dir"], "vllm-gpu")
+        service = compose.resolve(files, one["project_dir"], "vllm-gpu")
+        config_hash = compose.config_hash(files, one["project_dir"], "vllm-gpu")
     assert re.fullmatch("[0-9a-f]{64}", config_hash)
     return one, service
 
@@ -150,6 +152,16 @@ def test_nothing_but_env_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FILES = {compose.COMPOSE_FILE: b"services: {}\n", compose.ENV_FILE: b""}
+
+
+def test_the_hash_is_only_asked_for_where_it_is_not_known(
+    docker: Callable[..., Callable[[], list[str]]],
+) -> None:
+    calls = docker(json.dumps({"services": {"vllm": {"image": "a$$b"}}}))
+    assert compose.resolve(FILES, "/opt/x", "p") == {"image": "a$b"}
+    assert [call.endswith("config --format json") for call in calls()] == [True]
+    compose.config_hash(FILES, "/opt/x", "p")
+    assert calls()[-1].endswith("--hash vllm")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     api,
+    compose,
     container,
     dotenv,
     preflight,
@@ -291,13 +292,14 @@ def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
     calls = []
     monkeypatch.setattr(container, "inspect", lambda: raw_container(made_from))
     monkeypatch.setattr(container, "image_id", lambda _: "sha256:1")
-    monkeypatch.setattr(server, "resolve", lambda *_, **__: calls.append(1) or (resolved, "new"))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(server, "resolve", lambda *_, **__: calls.append(1) or resolved)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(compose, "config_hash", lambda *_: "new")
     monkeypatch.setattr(api, "probe", lambda *_, **__: {"healthy": True, "models": [], "error": error})
     state, _wanted = server.begin("0", wanted(project_dir="/opt/x"))
     state.update(problems=[], gpu=GPUS[0], project="vllm-gpu")
     state["referee"] = {"code": 0, "container_id": "c1", "processes": [1]}
     service, config_hash = server.read_service(
-        [], wanted(project_dir="/opt/x"), state, known, as_installed=False
+        {}, wanted(project_dir="/opt/x"), state, known, as_installed=False
     )
     assert len(calls) == asked
     assert ("volumes" in service) == bool(asked)  # which the checks before a change read
