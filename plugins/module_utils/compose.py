@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Set, Tuple
+from typing import Any, Iterator, Mapping
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -20,7 +20,7 @@ SERVICE = "vllm"
 _NEEDED = ("PATH", "HOME", "DOCKER_CONFIG", "XDG_RUNTIME_DIR", "TMPDIR")
 
 
-def environment() -> Dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment that Compose is called with."""
     return {key: os.environ[key] for key in _NEEDED if key in os.environ}
 
@@ -32,7 +32,7 @@ def _memory_file(content: bytes) -> int:
     return descriptor
 
 
-def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Tuple[Dict[str, Any], str]:
+def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> tuple[dict[str, Any], str]:
     """Return the service as Compose itself resolves it, and its config hash.
 
     The files need not be on the host yet: Compose reads them from memory. The
@@ -41,7 +41,7 @@ def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Tuple
     """
     descriptors = [_memory_file(files[COMPOSE_FILE]), _memory_file(files[ENV_FILE])]
     try:
-        paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
+        paths = [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors]
         base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
         base += ["--file", paths[0], "--env-file", paths[1], "config"]
         config = shell.run([*base, "--format", "json"], env=environment())
@@ -58,14 +58,14 @@ def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Tuple
     return dict(service), hashed.out.split()[-1]
 
 
-def passed_on(compose_file: bytes) -> Set[str]:
+def passed_on(compose_file: bytes) -> set[str]:
     """Return the names of the variables that a compose file gives to the server as `.env` has them."""
     block = re.search(rb"^    environment:\n((?: {6}.*\n)*)", compose_file, re.MULTILINE)
     names = re.findall(rb"^ {6}(\w+):[ \t]*$", block.group(1), re.MULTILINE) if block else []
     return {name.decode() for name in names}
 
 
-def named(compose_file: bytes) -> Set[str]:
+def named(compose_file: bytes) -> set[str]:
     """Return the keys of `.env` that a compose file uses at all."""
     used = re.findall(rb"\$\{(\w+)", compose_file)
     return passed_on(compose_file) | {name.decode() for name in used}
@@ -81,8 +81,8 @@ def explain(said: str, project_dir: str) -> str:
     volume = re.search(r"undefined volume ([\w.-]+)", said)
     if volume:
         return (
-            "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
-            "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
+            f"{volume.group(1)} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, "
+            "vllm_gpu_compile_cache and vllm_gpu_models as absolute paths, or leave their defaults."
         )
     # What follows is a text of `.env`.
     said = re.sub(r"(is missing a value:).*", r"\1 (hidden)", said)
@@ -91,9 +91,7 @@ def explain(said: str, project_dir: str) -> str:
         cure = " A value with a $ needs single quotes."
     if "invalid command line string" in said:
         cure = " Give vllm_gpu_extra_args as a list, one word an element, and the model without quotes."
-    return "Compose can't use the configuration for {0}: {1}{2}".format(
-        project_dir, said or "no message", cure
-    )
+    return f"Compose can't use the configuration for {project_dir}: {said or 'no message'}{cure}"
 
 
 # Where a path or a volume is mounted, by its key in .env.
@@ -104,7 +102,7 @@ _MOUNTS = {
 }
 
 
-def command(wanted: Mapping[str, Any]) -> List[str]:
+def command(wanted: Mapping[str, Any]) -> list[str]:
     """Return the words that vLLM is to be started with."""
     env, extra_args = wanted["env"], settings.words(wanted["extra_args"])
     return [
@@ -119,28 +117,27 @@ def contradictions(service: Mapping[str, Any], wanted: Mapping[str, Any]) -> Ite
     words, requested = [str(one) for one in service.get("command") or []], command(wanted)
     if words != requested:
         yield (
-            "vLLM would be started with the arguments {0}, not with {1}: Compose splits vllm_gpu_extra_args and "
-            "vllm_gpu_model otherwise. Give vllm_gpu_extra_args as a list, one word an element, and the model "
-            "without quotes.".format(shlex.join(words), shlex.join(requested))
+            f"vLLM would be started with the arguments {shlex.join(words)}, not with {shlex.join(requested)}: "
+            "Compose splits vllm_gpu_extra_args and vllm_gpu_model otherwise. Give vllm_gpu_extra_args as a list, "
+            "one word an element, and the model without quotes."
         )
     if service.get("image") != env["VLLM_IMAGE"]:
-        yield "The image would be {0}, not {1}. Correct vllm_gpu_image.".format(
-            service.get("image"), env["VLLM_IMAGE"]
-        )
+        yield f"The image would be {service.get('image')}, not {env['VLLM_IMAGE']}. Correct vllm_gpu_image."
     port = (service.get("ports") or [{}])[0]
     found = (str(port.get("host_ip")), str(port.get("published")), port.get("target"))
     if found != (env["VLLM_BIND_ADDRESS"].strip("[]"), env["VLLM_PORT"], 8000):
         yield (
-            "The API would be published on {0}:{1}, not on {2}:{3}. Correct vllm_gpu_bind_address and "
+            "The API would be published on {}:{}, not on {}:{}. Correct vllm_gpu_bind_address and "
             "vllm_gpu_port.".format(*found[:2], env["VLLM_BIND_ADDRESS"], env["VLLM_PORT"])
         )
     mounts = {str(one.get("target")): str(one.get("source")) for one in service.get("volumes") or []}
     for key, target in _MOUNTS.items():
         if os.path.normpath(mounts.get(target, "")) != os.path.normpath(env[key]):
-            yield "{0} would be mounted at {1}, not {2}. Correct the path that {3} has.".format(
-                mounts.get(target, "Nothing"), target, env[key], key
+            yield (
+                f"{mounts.get(target, 'Nothing')} would be mounted at {target}, not {env[key]}. Correct the path "
+                f"that {key} has."
             )
     environment_of = service.get("environment") or {}
     for key, value in {**wanted["server_env"], **settings.secrets(wanted)}.items():
         if str(environment_of.get(key) or "") != str(value):
-            yield "{0} would not reach the server as it was given. Use a value of one line.".format(key)
+            yield f"{key} would not reach the server as it was given. Use a value of one line."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Mapping, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -29,7 +29,7 @@ class Unanswered(Problem):
     """The engine gave no answer, which says nothing about what is there; it may be restarting."""
 
 
-def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> Optional[str]:
+def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> str | None:
     """Return what a docker command prints, or None where the engine says that there is no such thing.
 
     Raises Unanswered where the engine can't be reached or is too slow, and Problem,
@@ -40,36 +40,34 @@ def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> Optional[str]:
         return output.out
     if output.code is None:
         raise Unanswered(
-            "`docker {0}` gave {1}. Check the Docker service (`systemctl status docker`, `journalctl -u docker`), and "
-            "run the play again.".format(argv[0], output.err)
+            f"`docker {argv[0]}` gave {output.err}. Check the Docker service (`systemctl status docker`, "
+            "`journalctl -u docker`), and run the play again."
         )
     if _AWAY.search(output.err):
         raise Unanswered(
-            "The Docker Engine can't be reached: {0} Check the Docker service (`systemctl status docker`), and run "
-            "the play again.".format(output.err)
+            f"The Docker Engine can't be reached: {output.err} Check the Docker service (`systemctl status "
+            "docker`), and run the play again."
         )
     if _ABSENT.search(output.err):
         return None
     raise Problem(
-        "`docker {0}` failed with exit code {1}: {2}".format(
-            " ".join(argv[:4]), output.code, output.err or "no message"
-        )
+        f"`docker {' '.join(argv[:4])}` failed with exit code {output.code}: {output.err or 'no message'}"
     )
 
 
-def inspect(name: str = CONTAINER) -> Optional[Dict[str, Any]]:
+def inspect(name: str = CONTAINER) -> dict[str, Any] | None:
     """Return all that the engine knows of a container, or None. Its environment holds secrets."""
     answer = ask(["inspect", "--type", "container", name])
     return dict(json.loads(answer)[0]) if answer is not None else None
 
 
-def environment(raw: Optional[Mapping[str, Any]]) -> Dict[str, str]:
+def environment(raw: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the environment that a container was made with."""
     pairs = (one.partition("=") for one in ((raw or {}).get("Config") or {}).get("Env") or [])
     return {key: value for key, _is, value in pairs}
 
 
-def describe(raw: Mapping[str, Any]) -> Dict[str, Any]:
+def describe(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the role needs to know of a container: nothing of its environment."""
     state, host = raw["State"], raw["HostConfig"]
     labels = raw["Config"].get("Labels") or {}
@@ -99,7 +97,7 @@ def describe(raw: Mapping[str, Any]) -> Dict[str, Any]:
     }
 
 
-def bindings(host_config: Mapping[str, Any]) -> List[Dict[str, Any]]:
+def bindings(host_config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the addresses and ports of the host that a container was told to listen on."""
     return [
         {"address": address, "port": int(one["HostPort"])}
@@ -110,7 +108,7 @@ def bindings(host_config: Mapping[str, Any]) -> List[Dict[str, Any]]:
     ]
 
 
-def made_from(raw: Mapping[str, Any]) -> Dict[str, Any]:
+def made_from(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a container's settings in the form in which Compose resolves a service."""
     return {
         "image": raw["Config"]["Image"],
@@ -122,19 +120,19 @@ def made_from(raw: Mapping[str, Any]) -> Dict[str, Any]:
     }
 
 
-def image_id(image: str) -> Optional[str]:
+def image_id(image: str) -> str | None:
     """Return the id of an image that the engine has, or None where it would be pulled."""
     answer = ask(["image", "inspect", "--format", "{{.Id}}", image])
     return answer.strip() if answer is not None else None
 
 
-def names(*filters: str) -> List[str]:
+def names(*filters: str) -> list[str]:
     """Return the names of the containers, running or not, that all `filters` of `docker ps` hold for."""
     words = [word for one in filters for word in ("--filter", one)]
     return (ask(["ps", "--all", *words, "--format", "{{.Names}}"]) or "").split()
 
 
-def log_tail(count: int) -> List[str]:
+def log_tail(count: int) -> list[str]:
     """Return the last lines of the server's log, both streams."""
     output = shell.run(["docker", "logs", "--tail", str(10 * count), CONTAINER])
     lines = (output.out + "\n" + output.err).splitlines()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from typing import List
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
 
@@ -17,11 +16,11 @@ _KEPT = record.KEEP + ".kept"
 _LINKS = ("current", "previous")
 
 
-def _names(directory: str) -> List[str]:
+def _names(directory: str) -> list[str]:
     return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
 
 
-def leftovers(project_dir: str) -> List[str]:
+def leftovers(project_dir: str) -> list[str]:
     """Return the paths of what killed plays have left there; what is proven, or the user's, is not among them."""
     keep = os.path.join(project_dir, record.KEEP)
     found = [
@@ -46,13 +45,13 @@ def leftovers(project_dir: str) -> List[str]:
     return found
 
 
-def interrupted(project_dir: str) -> List[str]:
+def interrupted(project_dir: str) -> list[str]:
     """Return the leftovers, and what a change that never ended has kept: the end of the next one removes that."""
     before = os.path.join(project_dir, record.KEEP, record.BEFORE)
     return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
 
 
-def remove(paths: List[str]) -> None:
+def remove(paths: list[str]) -> None:
     """Remove files, links and directories; one that is gone already is no error."""
     for path in paths:
         if os.path.isdir(path) and not os.path.islink(path):

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import urllib.parse
-from typing import Any, Iterable, Iterator, List, Mapping, Set
+from typing import Any, Iterable, Iterator, Mapping
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
 
@@ -42,7 +42,7 @@ def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> 
         yield from (match[1] or match[2] for match in _LOGIN.finditer(text))
 
 
-def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
+def known(project_dir: str, requested: Mapping[str, str]) -> set[str]:
     """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
     found = {str(one) for one in requested.values()}
     for path in (".env", ".proven/current/.env", ".proven/previous/.env"):
@@ -64,9 +64,9 @@ def _unreadable(content: bytes) -> Iterator[str]:
             yield re.split("[=:]", text, maxsplit=1)[-1].strip(" '\"")
 
 
-def spellings(secrets: Iterable[str]) -> List[str]:
+def spellings(secrets: Iterable[str]) -> list[str]:
     """Return every form in which a program may print the secrets, the longest first."""
-    found: Set[str] = set()
+    found: set[str] = set()
     for one in secrets:
         if len(one) >= _SHORTEST:
             found |= {one, repr(one)[1:-1], shlex.quote(one), one.replace("$", "$$")}
@@ -84,7 +84,7 @@ def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
     return _clean(value, spellings(secrets))
 
 
-def _clean(value: Any, hidden: List[str]) -> Any:
+def _clean(value: Any, hidden: list[str]) -> Any:
     if isinstance(value, str):
         for one in hidden:
             value = value.replace(one, HIDDEN)

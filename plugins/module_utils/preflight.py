@@ -17,7 +17,7 @@ import re
 import shutil
 import socket
 import sys
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, shell
 
@@ -41,13 +41,13 @@ class Asked(NamedTuple):
     training_gpus: Sequence[str]
 
 
-def version(text: str) -> Tuple[int, ...]:
+def version(text: str) -> tuple[int, ...]:
     """Return the leading numbers of a version: `20.10.24+dfsg1` is (20, 10, 24)."""
     match = re.match(r"v?(\d+(?:\.\d+)*)", text)
     return tuple(int(part) for part in match.group(1).split(".")) if match else ()
 
 
-def check_engine(_asked: Asked) -> Optional[str]:
+def check_engine(_asked: Asked) -> str | None:
     """The engine is new enough, and knows how to give a container a GPU."""
     output = shell.run(["docker", "info", "--format", "{{json .}}"])
     try:
@@ -58,11 +58,11 @@ def check_engine(_asked: Asked) -> Optional[str]:
     if not found:
         said = "; ".join(info.get("ServerErrors") or []) or output.err or "no message"
         return (
-            "`docker info` doesn't tell the engine's version: {0}. Check the Docker service "
-            "(`systemctl status docker`), and run the play again.".format(said.rstrip("."))
+            f"`docker info` doesn't tell the engine's version: {said.rstrip('.')}. Check the Docker service "
+            "(`systemctl status docker`), and run the play again."
         )
     if version(found) < OLDEST_ENGINE:
-        return "The Docker Engine is {0}; 20.10 or newer is needed. Upgrade it.".format(found)
+        return f"The Docker Engine is {found}; 20.10 or newer is needed. Upgrade it."
     if "nvidia" in (info.get("Runtimes") or {}) or shutil.which("nvidia-container-runtime-hook"):
         return None
     for directory in info.get("CDISpecDirs") or ["/etc/cdi", "/var/run/cdi"]:
@@ -75,17 +75,17 @@ def check_engine(_asked: Asked) -> Optional[str]:
     )
 
 
-def check_compose(_asked: Asked) -> Optional[str]:
+def check_compose(_asked: Asked) -> str | None:
     """The Compose plugin is new enough."""
     output = shell.run(["docker", "compose", "version", "--short"])
     if output.code == 0 and version(output.out.strip()) < OLDEST_COMPOSE:
-        return "The Compose plugin is {0}; 2.18 or newer is needed. Upgrade it.".format(output.out.strip())
+        return f"The Compose plugin is {output.out.strip()}; 2.18 or newer is needed. Upgrade it."
     return None
 
 
-def option(command: Sequence[str], name: str) -> List[str]:
+def option(command: Sequence[str], name: str) -> list[str]:
     """Return what an option of vLLM is given, the last time; its parser takes `_` for `-`, too."""
-    values: List[str] = []
+    values: list[str] = []
     for position, word in enumerate(command):
         head, is_pair, value = word.partition("=")
         if head.replace("_", "-") == name:
@@ -102,20 +102,20 @@ def utilization(service: Mapping[str, Any]) -> float:
     return float((option(command, "--gpu-memory-utilization") or ["0.9"])[0])
 
 
-def container_of(pid: Optional[int]) -> str:
+def container_of(pid: int | None) -> str:
     """Return the name of the container that a process runs in, as ` of container NAME`, or nothing."""
     try:
-        with open("/proc/{0}/cgroup".format(pid), encoding="utf-8") as stream:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8") as stream:
             match = re.search(r"[0-9a-f]{64}", stream.read())
     except OSError:
         return ""
     if not match:
         return ""
     name = (container.ask(["inspect", "--format", "{{.Name}}", match.group(0)]) or "").strip()
-    return " of container {0}".format(name.lstrip("/")) if name else ""
+    return f" of container {name.lstrip('/')}" if name else ""
 
 
-def check_memory(asked: Asked) -> Optional[str]:
+def check_memory(asked: Asked) -> str | None:
     """Enough of the card is free, not counting what our own server holds."""
     gpu, referee = asked.state["gpu"], asked.state["referee"]
     if not gpu or gpu["memory_total_mib"] is None or gpu["memory_used_mib"] is None:
@@ -130,17 +130,13 @@ def check_memory(asked: Asked) -> Optional[str]:
     if free >= needed or is_divided(gpu):  # an instance's memory is its own, and its size isn't known here
         return None
     holders = [
-        "{0} (pid {1}{2}, {3} MiB)".format(
-            one["name"] or "?",
-            one["pid"] or "?",
-            container_of(one["pid"]),
-            "?" if one["memory_mib"] is None else one["memory_mib"],
-        )
+        f"{one['name'] or '?'} (pid {one['pid'] or '?'}{container_of(one['pid'])}, "
+        f"{'?' if one['memory_mib'] is None else one['memory_mib']} MiB)"
         for one in referee["other_processes"]
         if one["gpu_uuid"] == gpu["uuid"]
     ]
     return (
-        "GPU {0} ({1}) has {2} MiB free, but {3} of its {4} MiB are {5} MiB. The rest is held by {6}. End what "
+        "GPU {} ({}) has {} MiB free, but {} of its {} MiB are {} MiB. The rest is held by {}. End what "
         "isn't needed there, take another card, or set a smaller vllm_gpu_memory_utilization.".format(
             gpu["index"], gpu["name"], free, share, gpu["memory_total_mib"], needed,
             ", ".join(holders) or "processes that nvidia-smi doesn't list",
@@ -162,24 +158,22 @@ def is_called(gpu: Mapping[str, Any], name: str) -> bool:
     return name.lower() in names - {""}
 
 
-def check_training_ids(asked: Asked) -> Optional[str]:
+def check_training_ids(asked: Asked) -> str | None:
     """Each card that is set aside for training exists: a misspelt one would protect none."""
     # `-e vllm_gpu_training_gpus=` is a list with an empty text.
     names = filter(None, (str(one).strip() for one in asked.training_gpus))
     lost = [one for one in names if not any(is_called(gpu, one) for gpu in asked.state["gpus"])]
-    lost = [one for one in lost if not one.startswith("MIG-") or "(UUID: {0})".format(one) not in list_gpus()]
+    lost = [one for one in lost if not one.startswith("MIG-") or f"(UUID: {one})" not in list_gpus()]
     if not lost:
         return None
     return (
-        "vllm_gpu_training_gpus names {0}, but this host has no such GPU, so that nothing would be protected. Use an "
-        "index, a UUID or a PCI bus id (in YAML within quotes) of {1}.".format(
-            ", ".join(json.dumps(one) for one in lost),
-            describe(asked.state["gpus"]),
-        )
+        f"vllm_gpu_training_gpus names {', '.join(json.dumps(one) for one in lost)}, but this host has no such "
+        "GPU, so that nothing would be protected. Use an index, a UUID or a PCI bus id (in YAML within quotes) of "
+        f"{describe(asked.state['gpus'])}."
     )
 
 
-def check_training(asked: Asked) -> Optional[str]:
+def check_training(asked: Asked) -> str | None:
     """The card isn't set aside for training."""
     gpu = asked.state["gpu"]
     if not gpu or "training" in asked.force:
@@ -187,8 +181,8 @@ def check_training(asked: Asked) -> Optional[str]:
     if not any(is_called(gpu, str(one).strip()) for one in asked.training_gpus):
         return None
     return (
-        "GPU {0} ({1}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
-        'you mean it with -e \'{{"vllm_gpu_force": ["training"]}}\'.'.format(gpu["index"], gpu["name"])
+        f"GPU {gpu['index']} ({gpu['name']}) is set aside for training (vllm_gpu_training_gpus). Take another card, or say that "
+        'you mean it with -e \'{"vllm_gpu_force": ["training"]}\'.'
     )
 
 
@@ -199,11 +193,11 @@ def list_gpus() -> str:
 
 def is_divided(gpu: Mapping[str, Any]) -> bool:
     """Say whether a whole card is in MIG mode; a driver that is too old for the question has none."""
-    query = ["nvidia-smi", "--id={0}".format(gpu["uuid"]), "--query-gpu=mig.mode.current"]
+    query = ["nvidia-smi", f"--id={gpu['uuid']}", "--query-gpu=mig.mode.current"]
     return "Enabled" in shell.run([*query, "--format=csv,noheader"]).out.splitlines()
 
 
-def check_mig(asked: Asked) -> Optional[str]:
+def check_mig(asked: Asked) -> str | None:
     """The card isn't divided: a container on the whole of it would use one instance, whichever comes first."""
     gpu = asked.state["gpu"]
     if not gpu or gpu["uuid"].startswith("MIG-") or "mig" in asked.force or not is_divided(gpu):
@@ -211,8 +205,8 @@ def check_mig(asked: Asked) -> Optional[str]:
     listed = list_gpus().partition(gpu["uuid"])[2].partition("\nGPU ")[0]
     instances = re.findall(r"MIG (\S+) .*UUID: (MIG-[^)]+)", listed)
     return (
-        "GPU {0} ({1}, {2}) is divided (MIG), and vLLM would not get the whole of it. Name an instance of it as "
-        'gpu_device_id ({3}), or say that you mean the whole card with -e \'{{"vllm_gpu_force": ["mig"]}}\'.'.format(
+        "GPU {} ({}, {}) is divided (MIG), and vLLM would not get the whole of it. Name an instance of it as "
+        'gpu_device_id ({}), or say that you mean the whole card with -e \'{{"vllm_gpu_force": ["mig"]}}\'.'.format(
             gpu["index"],
             gpu["name"],
             gpu["uuid"],
@@ -221,7 +215,7 @@ def check_mig(asked: Asked) -> Optional[str]:
     )
 
 
-def check_drift(asked: Asked) -> Optional[str]:
+def check_drift(asked: Asked) -> str | None:
     """The index that was proven means the same physical card as then."""
     gpu, last = asked.state["gpu"], asked.state["last_proven"]
     if not gpu or not last or "drift" in asked.force:
@@ -231,27 +225,24 @@ def check_drift(asked: Asked) -> Optional[str]:
     if not requested.isdigit() or then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
         return None
     return (
-        "GPU {0} is another card than it was: {1} ({2}) when the server was proven at {3}, now {4} ({5}). Name the "
-        'card by its UUID, or accept the new numbering with -e \'{{"vllm_gpu_force": ["drift"]}}\'.'.format(
-            gpu["index"], then["name"], then["uuid"], last["proven_at"], gpu["name"], gpu["uuid"]
-        )
+        f"GPU {gpu['index']} is another card than it was: {then['name']} ({then['uuid']}) when the server was proven at {last['proven_at']}, now {gpu['name']} ({gpu['uuid']}). Name the "
+        'card by its UUID, or accept the new numbering with -e \'{"vllm_gpu_force": ["drift"]}\'.'
     )
 
 
-def _port(service: Mapping[str, Any]) -> Tuple[str, int]:
+def _port(service: Mapping[str, Any]) -> tuple[str, int]:
     port = service["ports"][0]
     return str(port.get("host_ip") or "0.0.0.0"), int(port["published"])  # noqa: S104 - Compose's own default
 
 
-def check_port(asked: Asked) -> Optional[str]:
+def check_port(asked: Asked) -> str | None:
     """This host has the address, and nobody else listens there on the port."""
     address, port = _port(asked.service)
     error = try_to_listen(address, 0)
     if error:
         return (
-            "This host can't listen on {0} (vllm_gpu_bind_address): {1}. Use an address that it has.".format(
-                address, error.strerror
-            )
+            f"This host can't listen on {address} (vllm_gpu_bind_address): {error.strerror}. Use an address that "
+            "it has."
         )
     found = asked.state["container"] or {"bindings": [], "status": ""}
     mine = [one["address"] for one in found["bindings"] if one["port"] == port]
@@ -271,20 +262,16 @@ def check_port(asked: Asked) -> Optional[str]:
     # While it runs, or its restart policy brings it back, listening there for a moment could end that for good.
     error = None if running else try_to_listen(address, port)
     if error and error.errno != errno.EADDRINUSE:
-        return "This host can't listen on port {0} of {1} (vllm_gpu_port): {2}.".format(
-            port, address, error.strerror
-        )
+        return f"This host can't listen on port {port} of {address} (vllm_gpu_port): {error.strerror}."
     if not others and error is None:
         return None
     names = publishers(port) if all(one.program in ("", *_ENGINE) for one in others) else []
     who, cure = "another program", "End it"
     if names:
-        who, cure = "container {0}".format(", ".join(names)), "Stop that container"
+        who, cure = f"container {', '.join(names)}", "Stop that container"
     elif others and others[0].program:
-        who, cure = "{0} (pid {1})".format(others[0].program, others[0].pid), "End that program"
-    return "Port {0} on {1} is already in use by {2}. {3}, or choose another vllm_gpu_port.".format(
-        port, address, who, cure
-    )
+        who, cure = f"{others[0].program} (pid {others[0].pid})", "End that program"
+    return f"Port {port} on {address} is already in use by {who}. {cure}, or choose another vllm_gpu_port."
 
 
 def overlap(one: str, other: str) -> bool:
@@ -299,7 +286,7 @@ def overlap(one: str, other: str) -> bool:
     )
 
 
-def try_to_listen(address: str, port: int) -> Optional[OSError]:
+def try_to_listen(address: str, port: int) -> OSError | None:
     """Listen on a TCP port (0: any free one) for a moment; return why that can't be done, or None."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -315,9 +302,9 @@ def try_to_listen(address: str, port: int) -> Optional[OSError]:
     return None
 
 
-def publishers(port: int) -> List[str]:
+def publishers(port: int) -> list[str]:
     """Return the names of the containers, other than the server's, that publish a TCP port."""
-    found = container.names("publish={0}/tcp".format(port), "status=running")
+    found = container.names(f"publish={port}/tcp", "status=running")
     return [name for name in found if not container.OWN_NAME.match(name)]
 
 
@@ -329,7 +316,7 @@ class Listener(NamedTuple):
     pid: int
 
 
-def listeners(port: int) -> List[Listener]:
+def listeners(port: int) -> list[Listener]:
     """Return who listens on a TCP port, and on which addresses."""
     sockets = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -339,7 +326,7 @@ def listeners(port: int) -> List[Listener]:
                 field = row.split()
                 address, _colon, number = field[1].rpartition(":")
                 if field[3] == "0A" and int(number, 16) == port:
-                    sockets["socket:[{0}]".format(field[9])] = _address(address)
+                    sockets[f"socket:[{field[9]}]"] = _address(address)
     owners = dict(_owners(set(sockets)))
     return [Listener(address, *owners.get(inode, ("", 0))) for inode, address in sockets.items()]
 
@@ -353,20 +340,20 @@ def _address(text: str) -> str:
     return str(mapped or address)
 
 
-def _owners(inodes: Set[str]) -> Iterator[Tuple[str, Tuple[str, int]]]:
+def _owners(inodes: set[str]) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield the name and the pid of the program that has each of the sockets open."""
     for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
         try:
-            for descriptor in os.listdir("/proc/{0}/fd".format(pid)):
-                inode = os.readlink("/proc/{0}/fd/{1}".format(pid, descriptor))
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                inode = os.readlink(f"/proc/{pid}/fd/{descriptor}")
                 if inode in inodes:
-                    with open("/proc/{0}/comm".format(pid), encoding="utf-8", errors="replace") as stream:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as stream:
                         yield inode, (stream.read().strip(), int(pid))
         except OSError:
             continue
 
 
-def check_exposure(asked: Asked) -> Optional[str]:
+def check_exposure(asked: Asked) -> str | None:
     """Only this host can reach the API, or a key is asked for."""
     address, port = _port(asked.service)
     if ipaddress.ip_address(address).is_loopback or "exposure" in asked.force:
@@ -374,28 +361,27 @@ def check_exposure(asked: Asked) -> Optional[str]:
     if (asked.service.get("environment") or {}).get("VLLM_API_KEY"):
         return None
     return (
-        "The API would listen on {0}:{1} without a key. Set vllm_gpu_api_key (it guards /v1 only: {2} answer "
+        f"The API would listen on {address}:{port} without a key. Set vllm_gpu_api_key (it guards /v1 only: {UNGUARDED} answer "
         "everybody), keep vllm_gpu_bind_address at 127.0.0.1, or say that you mean it with "
-        '-e \'{{"vllm_gpu_force": ["exposure"]}}\'.'.format(address, port, UNGUARDED)
+        '-e \'{"vllm_gpu_force": ["exposure"]}\'.'
     )
 
 
-def check_project(asked: Asked) -> Optional[str]:
+def check_project(asked: Asked) -> str | None:
     """Nobody else's containers are in the Compose project, which would be taken for the server's."""
     project = asked.state["project"]
-    found = container.names("label=com.docker.compose.project={0}".format(project))
+    found = container.names(f"label=com.docker.compose.project={project}")
     others = [name for name in found if not container.OWN_NAME.match(name)]
     if not others:
         return None
     return (
-        "The Compose project {0} on this host has containers that are not this role's: {1}. Move them to a project "
-        "of another name (COMPOSE_PROJECT_NAME, or `name:` in their compose file), or remove them.".format(
-            project, ", ".join(others)
-        )
+        f"The Compose project {project} on this host has containers that are not this role's: {', '.join(others)}. "
+        "Move them to a project of another name (COMPOSE_PROJECT_NAME, or `name:` in their compose file), or "
+        "remove them."
     )
 
 
-def check_disk(asked: Asked) -> Optional[str]:
+def check_disk(asked: Asked) -> str | None:
     """An image that has to be pulled will fit."""
     if asked.state["image_present"]:
         return None
@@ -406,14 +392,13 @@ def check_disk(asked: Asked) -> Optional[str]:
     if free >= IMAGE_BYTES:
         return None
     return (
-        "{0} has {1} GB free, and the image {2} that has to be pulled may take {3} GB. Make room, for example "
-        "with `docker image prune`; or, if you know that it fits, `docker pull` it by hand.".format(
-            root, free // 10**9, asked.state["image"], IMAGE_BYTES // 10**9
-        )
+        f"{root} has {free // 10**9} GB free, and the image {asked.state['image']} that has to be pulled may take "
+        f"{IMAGE_BYTES // 10**9} GB. Make room, for example with `docker image prune`; or, if you know that it "
+        "fits, `docker pull` it by hand."
     )
 
 
-def check_caches(asked: Asked) -> Optional[str]:
+def check_caches(asked: Asked) -> str | None:
     """A directory that is named for a cache or for models is there: Docker would make an empty one."""
     missing = [
         str(volume["source"])
@@ -423,12 +408,12 @@ def check_caches(asked: Asked) -> Optional[str]:
     if not missing:
         return None
     return (
-        "There is no directory {0} on this host (vllm_gpu_hf_cache, vllm_gpu_compile_cache, vllm_gpu_models). Create "
-        "it, or correct the path.".format(" and no ".join(missing))
+        f"There is no directory {' and no '.join(missing)} on this host (vllm_gpu_hf_cache, "
+        "vllm_gpu_compile_cache, vllm_gpu_models). Create it, or correct the path."
     )
 
 
-def check_model(asked: Asked) -> Optional[str]:
+def check_model(asked: Asked) -> str | None:
     """A model that is named by its path is there."""
     model = str(asked.service["command"][0])
     for volume in asked.service.get("volumes") or []:
@@ -436,13 +421,14 @@ def check_model(asked: Asked) -> Optional[str]:
         if volume["type"] == "bind" and os.path.isdir(volume["source"]) and model.startswith(inside):
             path = os.path.join(volume["source"], model[len(inside) :])
             if not os.path.exists(path):
-                return "The model {0} is not on this host: there is no {1}. Copy it there, or correct vllm_gpu_model.".format(
-                    model, path
+                return (
+                    f"The model {model} is not on this host: there is no {path}. Copy it there, or correct "
+                    "vllm_gpu_model."
                 )
     return None
 
 
-def check_listing(asked: Asked) -> Optional[str]:
+def check_listing(asked: Asked) -> str | None:
     """The driver shows who is on the cards: without that no server can be proven, and the one that works would be lost."""
     state = asked.state
     found, verdict = state["container"], state["referee"]
@@ -450,15 +436,14 @@ def check_listing(asked: Asked) -> Optional[str]:
     if seen or not verdict["processes_listed"] or not found or not state["serving"]:
         return None
     return (
-        "nvidia-smi lists no process on any GPU of this host, although {0} is at work and answers: whichever card a "
-        "server is on, that couldn't be proven, so the one that runs was left alone. This happens in an LXC guest, for "
-        "example, whose driver knows other process ids than the guest: there, run the play on the host itself.".format(
-            container.CONTAINER
-        )
+        f"nvidia-smi lists no process on any GPU of this host, although {container.CONTAINER} is at work and "
+        "answers: whichever card a server is on, that couldn't be proven, so the one that runs was left alone. "
+        "This happens in an LXC guest, for example, whose driver knows other process ids than the guest: there, "
+        "run the play on the host itself."
     )
 
 
-def check_wsl(_asked: Asked) -> Optional[str]:
+def check_wsl(_asked: Asked) -> str | None:
     """This is no WSL2, whose driver gives a container every card whatever it asks for."""
     with open("/proc/sys/kernel/osrelease", encoding="utf-8") as stream:
         if "microsoft" in stream.read().lower():
@@ -466,8 +451,8 @@ def check_wsl(_asked: Asked) -> Optional[str]:
     return None
 
 
-ALWAYS: List[Callable[[Asked], Optional[str]]] = [check_drift, check_training_ids]
-CHECKS: List[Callable[[Asked], Optional[str]]] = [
+ALWAYS: list[Callable[[Asked], str | None]] = [check_drift, check_training_ids]
+CHECKS: list[Callable[[Asked], str | None]] = [
     check_wsl,
     check_engine,
     check_compose,
@@ -486,7 +471,7 @@ CHECKS: List[Callable[[Asked], Optional[str]]] = [
 ]
 
 
-def problems(checks: Sequence[Callable[[Asked], Optional[str]]], asked: Asked) -> Iterator[str]:
+def problems(checks: Sequence[Callable[[Asked], str | None]], asked: Asked) -> Iterator[str]:
     """Yield what the checks find."""
     for check in checks:
         problem = check(asked)

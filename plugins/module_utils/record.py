@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Mapping, NamedTuple
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import trust
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -35,16 +35,16 @@ _NEEDED = ("requested", "gpu", "image", "image_id", "models")
 class Proven(NamedTuple):
     """One proven state: the service's files by name, and the record."""
 
-    files: Dict[str, bytes]
-    record: Dict[str, Any]
+    files: dict[str, bytes]
+    record: dict[str, Any]
 
 
 def write_whole(
     path: str,
     content: bytes,
     mode: int,
-    owner: Optional[Tuple[int, int]] = None,
-    modified: Optional[int] = None,
+    owner: tuple[int, int] | None = None,
+    modified: int | None = None,
 ) -> None:
     """Put a file in place whole: a reader, or a crash, sees the old or the new one.
 
@@ -69,7 +69,7 @@ def write_whole(
         raise
 
 
-def load(project_dir: str, which: str) -> Optional[Proven]:
+def load(project_dir: str, which: str) -> Proven | None:
     """Return the `current` or the `previous` proven state, or None where there is none.
 
     Raises Problem for one that can't be read or trusted: as "none", it would turn
@@ -85,7 +85,7 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
         raise Problem(_unusable(link, "it is no symbolic link")) from error
     # It leads to its neighbour, and nowhere else.
     if "/" in target or target in (".", ".."):
-        raise Problem(_unusable(link, "it leads to {0}".format(target)))
+        raise Problem(_unusable(link, f"it leads to {target}"))
     directory = os.path.join(project_dir, KEEP, target)
     try:
         found = {name: trust.read(os.path.join(directory, name)) for name in os.listdir(directory)}
@@ -97,18 +97,18 @@ def load(project_dir: str, which: str) -> Optional[Proven]:
         for key in _NEEDED:
             made[key]
     except OSError as error:
-        raise Problem(_unusable(link, "{0}: {1}".format(error.filename, error.strerror))) from error
+        raise Problem(_unusable(link, f"{error.filename}: {error.strerror}")) from error
     except KeyError as error:
-        raise Problem(_unusable(link, "{0} is missing in it".format(error.args[0]))) from error
+        raise Problem(_unusable(link, f"{error.args[0]} is missing in it")) from error
     except (ValueError, TypeError) as error:
-        raise Problem(_unusable(link, "its {0} is not JSON of the expected form".format(RECORD))) from error
+        raise Problem(_unusable(link, f"its {RECORD} is not JSON of the expected form")) from error
     return Proven(files, made)
 
 
 def _unusable(link: str, why: str) -> str:
     return (
-        "{0}, which says what was proven on this host, can't be read: {1}. Remove it with `rm -rf {2}`; the next "
-        "serve.yml records the server that it proves.".format(link, why, shlex.quote(link))
+        f"{link}, which says what was proven on this host, can't be read: {why}. Remove it with `rm -rf "
+        f"{shlex.quote(link)}`; the next serve.yml records the server that it proves."
     )
 
 
@@ -141,7 +141,7 @@ def save(
             shutil.rmtree(os.path.join(keep, name), ignore_errors=True)
 
 
-def target(keep: str, link: str) -> Optional[str]:
+def target(keep: str, link: str) -> str | None:
     """Return where a link in the directory `keep` leads to, or None where it doesn't exist."""
     with contextlib.suppress(OSError):
         return os.readlink(os.path.join(keep, link))

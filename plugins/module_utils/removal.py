@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
@@ -21,17 +21,17 @@ class Container(NamedTuple):
 
     id: str
     name: str
-    project: Optional[str]
-    project_dir: Optional[str]
+    project: str | None
+    project_dir: str | None
     started_at: str
     stop_timeout: int
     image: str
     # Whether Compose knows it for one of its own; otherwise its name is in the way.
     composed: bool
-    storage: List[str]
+    storage: list[str]
 
 
-def find() -> List[Container]:
+def find() -> list[Container]:
     """Return the containers with the server's name, running or not: none, one, or two while Compose recreates it."""
     ids = (container.ask(["ps", "--all", "--quiet", "--no-trunc", "--filter", "name=" + _NAME]) or "").split()
     if not ids:
@@ -39,8 +39,8 @@ def find() -> List[Container]:
     answer = container.ask(["inspect", *ids])
     if answer is None:
         raise Problem(
-            "The container {0} was replaced or removed while it was being checked: another program is changing it. Run "
-            "the play again.".format(container.CONTAINER)
+            f"The container {container.CONTAINER} was replaced or removed while it was being checked: another "
+            "program is changing it. Run the play again."
         )
     return [_container(one) for one in json.loads(answer)]
 
@@ -70,19 +70,17 @@ def check_owner(containers: Sequence[Container], projects: Sequence[str], projec
         if one.project is None:
             owner = "It belongs to no Compose project."
         elif one.project not in projects:
-            owner = "It belongs to the Compose project {0}, which was started from {1}.".format(
-                one.project, one.project_dir
+            owner = (
+                f"It belongs to the Compose project {one.project}, which was started from {one.project_dir}."
             )
         elif os.path.realpath(one.project_dir or "/") != os.path.realpath(project_dir):
-            owner = "It was started from {0}, not from {1}.".format(one.project_dir, project_dir)
-            cure = "ansible-playbook playbooks/teardown.yml -e vllm_gpu_project_dir={0}".format(
-                one.project_dir
-            )
+            owner = f"It was started from {one.project_dir}, not from {project_dir}."
+            cure = f"ansible-playbook playbooks/teardown.yml -e vllm_gpu_project_dir={one.project_dir}"
         else:
             continue
         raise Problem(
-            "The container {0} on this host is not the server of {1}. {2} Nothing was stopped or removed. If nobody "
-            "needs it any more, remove it: {3}".format(one.name, project_dir, owner, cure)
+            f"The container {one.name} on this host is not the server of {project_dir}. {owner} Nothing was "
+            f"stopped or removed. If nobody needs it any more, remove it: {cure}"
         )
 
 
@@ -99,9 +97,8 @@ def remove(containers: Sequence[Container]) -> None:
     left = [one.name for one in find()]
     if left:
         raise Problem(
-            "There is still a container {0} on this host: {1}".format(
-                " and ".join(left), said or "another program has made it anew. Run the play again."
-            )
+            f"There is still a container {' and '.join(left)} on this host: "
+            f"{said or 'another program has made it anew. Run the play again.'}"
         )
     for project in sorted({one.project for one in containers if one.project}):
         _remove_network(project)

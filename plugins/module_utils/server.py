@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     api,
@@ -36,7 +36,7 @@ CONTAINER = container.CONTAINER
 _INDEX = r"0|[1-9][0-9]{0,2}"
 _UUID = r"(?:GPU|MIG)-[0-9A-Za-z/-]{1,80}"
 _PCI_BUS_ID = r"(?:[0-9A-Fa-f]{4,8}:)?[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]"
-_GPU_ID = re.compile("(?:{0}|{1}|{2})\\Z".format(_INDEX, _UUID, _PCI_BUS_ID), re.ASCII)
+_GPU_ID = re.compile(f"(?:{_INDEX}|{_UUID}|{_PCI_BUS_ID})\\Z", re.ASCII)
 # Causes of the referee that say "no card or engine to work with", not "no
 # server yet": nothing can be served before they are cured.
 _HOST_CAUSES = (
@@ -78,7 +78,7 @@ _FOR_THE_SERVER = re.compile(
 # What vllm_gpu_force may name.
 FORCE = ["drift", "exposure", "irreversible", "mig", "training"]
 
-WANTED_OPTIONS: Dict[str, Any] = {
+WANTED_OPTIONS: dict[str, Any] = {
     "project_dir": {"type": "path", "required": True},
     "compose": {"type": "str", "required": True},
     "referee": {"type": "str", "required": True},
@@ -91,7 +91,7 @@ WANTED_OPTIONS: Dict[str, Any] = {
 }
 
 
-def invocation(params: Mapping[str, Any]) -> Dict[str, Any]:
+def invocation(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return a module's arguments without `wanted`: its 40 kB would stand in every event of every host."""
     return {"module_args": {key: value for key, value in params.items() if key != "wanted"}}
 
@@ -116,7 +116,7 @@ class FileChange(NamedTuple):
     """A file that the host should have; `before` is None where there is none."""
 
     path: str
-    before: Optional[bytes]
+    before: bytes | None
     after: bytes
     mode: int
     differs: bool
@@ -129,20 +129,20 @@ def find_gpu(requested: str, verdict: Mapping[str, Any]) -> Mapping[str, Any]:
     spelling is checked first: what isn't one plain id reaches no command.
     """
     gpus = verdict.get("gpus") or []
-    choice = "It could be {0}.".format(preflight.describe(gpus)) if gpus else "This host shows no GPU."
+    choice = f"It could be {preflight.describe(gpus)}." if gpus else "This host shows no GPU."
     if not _GPU_ID.match(requested):
         raise Problem(
-            "gpu_device_id is {0}, which is not the id of one GPU: it must be an index such as 0, a UUID such as "
-            "GPU-0a1b2c3d-…, or a PCI bus id such as 00000000:01:00.0 (in YAML within quotes: it is a number "
-            "without). {1}".format(json.dumps(requested), choice)
+            f"gpu_device_id is {json.dumps(requested)}, which is not the id of one GPU: it must be an index such "
+            "as 0, a UUID such as GPU-0a1b2c3d-…, or a PCI bus id such as 00000000:01:00.0 (in YAML within "
+            f"quotes: it is a number without). {choice}"
         )
     gpu = expected_gpu(verdict)
     if gpu is None:
-        raise Problem("gpu_device_id is {0}, but this host has no such GPU. {1}".format(requested, choice))
+        raise Problem(f"gpu_device_id is {requested}, but this host has no such GPU. {choice}")
     return gpu
 
 
-def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
+def expected_gpu(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the card that the referee's verdict is about, or None."""
     expected = verdict.get("expected")
     for gpu in verdict.get("gpus") or []:
@@ -161,7 +161,7 @@ def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
     return None
 
 
-def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
+def referee(script: str, expect: str | None) -> dict[str, Any]:
     """Return the referee's JSON verdict (see docs/check_gpu_allocation.md).
 
     The script comes over stdin, so the host is judged by this version of it,
@@ -175,14 +175,12 @@ def referee(script: str, expect: Optional[str]) -> Dict[str, Any]:
         verdict = json.loads(output.out)
     except ValueError:
         raise Problem(
-            "The referee ({0}) gave no verdict: {1}".format(
-                REFEREE, output.err or "exit code {0}".format(output.code)
-            )
+            f"The referee ({REFEREE}) gave no verdict: {output.err or f'exit code {output.code}'}"
         ) from None
     return dict(verdict)
 
 
-def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
+def read_file(path: str) -> tuple[bytes | None, int, int]:
     """Return a file's bytes, mode and owner, or (None, 0, 0) where there is none."""
     found = trust.read(path)
     if found is None:
@@ -190,25 +188,23 @@ def read_file(path: str) -> Tuple[Optional[bytes], int, int]:
     return found.content, stat.S_IMODE(found.status.st_mode), found.status.st_uid
 
 
-def installed_files(directory: str) -> List[FileChange]:
+def installed_files(directory: str) -> list[FileChange]:
     """Return the service's files as they are; Problem where a needed one is missing."""
     files = []
     for name in (COMPOSE_FILE, ENV_FILE):
         path = os.path.join(directory, name)
         content, mode, _owner = read_file(path)
         if content is None:
-            raise Problem(
-                "{0} is not there: no server was set up on this host yet. Run serve.yml first.".format(path)
-            )
+            raise Problem(f"{path} is not there: no server was set up on this host yet. Run serve.yml first.")
         files.append(FileChange(path, content, content, mode, differs=False))
     return files
 
 
-def previous_files(directory: str) -> List[FileChange]:
+def previous_files(directory: str) -> list[FileChange]:
     """Return the service's files as they were proven before the current ones."""
     proven = record.load(directory, "previous")
     if proven is None:
-        raise Problem("{0} has no previous proven state.".format(directory))
+        raise Problem(f"{directory} has no previous proven state.")
     return [
         FileChange(
             os.path.join(directory, name), proven.files[name], proven.files[name], 0o600, differs=False
@@ -217,10 +213,10 @@ def previous_files(directory: str) -> List[FileChange]:
     ]
 
 
-def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
+def compare_files(wanted: Mapping[str, Any]) -> list[FileChange]:
     """Return the three files as they are and as they should be, `.env` merged."""
     directory = wanted["project_dir"]
-    changes: List[FileChange] = []
+    changes: list[FileChange] = []
     for name, content, mode in (
         (COMPOSE_FILE, wanted["compose"], 0o644),
         (ENV_FILE, None, 0o600),
@@ -236,9 +232,7 @@ def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
             try:
                 after = dotenv.merge(base, env_keys(before, wanted))
             except ValueError as error:
-                raise Problem(
-                    "{0}: {1}. Correct that line, or move the file away.".format(path, error)
-                ) from error
+                raise Problem(f"{path}: {error}. Correct that line, or move the file away.") from error
         else:
             after = content.encode()
         differs = (before, mode_now, owner) != (after, mode, os.geteuid())
@@ -246,7 +240,7 @@ def compare_files(wanted: Mapping[str, Any]) -> List[FileChange]:
     return changes
 
 
-def env_keys(before: Optional[bytes], wanted: Mapping[str, Any]) -> Dict[str, str]:
+def env_keys(before: bytes | None, wanted: Mapping[str, Any]) -> dict[str, str]:
     """Return what `.env` must say; an installation of the earlier Compose project keeps that one's volumes."""
     keys = settings.env_keys(wanted)
     found = dotenv.values(before or b"")
@@ -255,24 +249,22 @@ def env_keys(before: Optional[bytes], wanted: Mapping[str, Any]) -> Dict[str, st
     return keys
 
 
-def describe_changes(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> List[str]:
+def describe_changes(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> list[str]:
     """Say in short sentences what would change; a secret only by its key."""
     sentences = []
     for change in files:
         if change.before is None:
-            sentences.append("{0} is new".format(change.path))
+            sentences.append(f"{change.path} is new")
         elif change.before == change.after:
-            sentences.append(
-                "{0} gets mode {1:04o} and this user as its owner".format(change.path, change.mode)
-            )
+            sentences.append(f"{change.path} gets mode {change.mode:04o} and this user as its owner")
         elif not change.path.endswith("/" + ENV_FILE):
-            sentences.append("{0} changes".format(change.path))
+            sentences.append(f"{change.path} changes")
         else:
             sentences.extend(describe_env(change.before, change.after, wanted))
     return sentences
 
 
-def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> List[str]:
+def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> list[str]:
     """Say which keys of an existing `.env` would change: `GPU 0 → 1`."""
     before, secret = dotenv.texts(content), settings.secrets(wanted)
     sentences = []
@@ -280,15 +272,15 @@ def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> Li
         if before.get(key, "") == value:
             continue
         if key in secret:
-            sentences.append("{0} changes".format(key))
+            sentences.append(f"{key} changes")
         else:
             name = "GPU" if key == "GPU_DEVICE_ID" else key
-            sentences.append("{0} {1} → {2}".format(name, before.get(key) or "(unset)", value or "(unset)"))
-    sentences.extend("{0} is removed".format(key) for key in before if key not in dotenv.texts(merged))
+            sentences.append(f"{name} {before.get(key) or '(unset)'} → {value or '(unset)'}")
+    sentences.extend(f"{key} is removed" for key in before if key not in dotenv.texts(merged))
     return sentences
 
 
-def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: Dict[str, Any]) -> None:
+def read_cards(gpu_device_id: str | None, wanted: Mapping[str, Any], state: dict[str, Any]) -> None:
     """Ask the referee; fill in `referee`, `gpus`, `gpu` and `gpu_device_id`."""
     plain = gpu_device_id is None or bool(_GPU_ID.match(gpu_device_id))
     verdict = referee(wanted["referee"], gpu_device_id if plain else None)
@@ -311,29 +303,29 @@ def read_cards(gpu_device_id: Optional[str], wanted: Mapping[str, Any], state: D
 def check_owner(found: Mapping[str, Any], project_dir: str) -> None:
     """Raise Problem for a container that somebody else set up."""
     if found["project"] not in (container.PROJECT, container.EARLIER_PROJECT):
-        owner = "of {0}".format(
+        owner = "of {}".format(
             "the Compose project " + found["project"] if found["project"] else "no Compose project"
         )
     elif os.path.realpath(found["project_dir"] or "/") != os.path.realpath(project_dir):
-        owner = "started from {0} and not from {1}".format(found["project_dir"], project_dir)
+        owner = f"started from {found['project_dir']} and not from {project_dir}"
     else:
         return
     raise Problem(
-        "A container named {0} exists already, {1}. It is not this role's to replace; when nobody "
-        "needs it, remove it with: docker rm -f {0}".format(CONTAINER, owner)
+        f"A container named {CONTAINER} exists already, {owner}. It is not this role's to replace; when nobody "
+        f"needs it, remove it with: docker rm -f {CONTAINER}"
     )
 
 
-def check_container(found: Optional[Mapping[str, Any]], seen: Mapping[str, Any]) -> None:
+def check_container(found: Mapping[str, Any] | None, seen: Mapping[str, Any]) -> None:
     """Raise Problem for a container that isn't the one that the referee has just `seen`, and for a frozen one."""
     judged = seen.get("container_id")
     if judged and (found is None or found["id"] != judged):
         raise Problem(
-            "The container {0} was replaced or removed while it was being checked: another program is changing it, or "
-            "the Docker Engine is stopping. Run the play again.".format(CONTAINER)
+            f"The container {CONTAINER} was replaced or removed while it was being checked: another program is "
+            "changing it, or the Docker Engine is stopping. Run the play again."
         )
     if found and found["status"] == "paused":
-        raise Problem("The container {0} is paused. Let it go on with: docker unpause {0}".format(CONTAINER))
+        raise Problem(f"The container {CONTAINER} is paused. Let it go on with: docker unpause {CONTAINER}")
 
 
 def check_service(service: Mapping[str, Any]) -> None:
@@ -341,8 +333,8 @@ def check_service(service: Mapping[str, Any]) -> None:
     ports = service.get("ports") or [{}]
     if not service.get("command") or not str(ports[0].get("published", "")).isdigit():
         raise Problem(
-            "{0} has been edited by hand: its service {1} has no command, or publishes no port. serve.yml writes "
-            "its own again.".format(COMPOSE_FILE, compose.SERVICE)
+            f"{COMPOSE_FILE} has been edited by hand: its service {compose.SERVICE} has no command, or publishes "
+            "no port. serve.yml writes its own again."
         )
 
 
@@ -363,14 +355,12 @@ def orphans(files: Sequence[FileChange]) -> Iterator[str]:
     ]
     if lost:
         yield (
-            "{0} in {1} {2} no effect: the compose file doesn't pass it on. Set it with vllm_gpu_env, or "
-            "vllm_gpu_secret_env for a secret.".format(
-                ", ".join(lost), ENV_FILE, "has" if len(lost) == 1 else "have"
-            )
+            f"{', '.join(lost)} in {ENV_FILE} {'has' if len(lost) == 1 else 'have'} no effect: the compose file "
+            "doesn't pass it on. Set it with vllm_gpu_env, or vllm_gpu_secret_env for a secret."
         )
 
 
-def read_container(state: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def read_container(state: dict[str, Any]) -> dict[str, Any] | None:
     """Fill in `container`; return all that the engine knows of it, its environment included."""
     raw = container.inspect()
     state["container"] = container.describe(raw) if raw else None
@@ -379,7 +369,7 @@ def read_container(state: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return raw
 
 
-def read_running(state: Dict[str, Any]) -> None:
+def read_running(state: dict[str, Any]) -> None:
     """Judge the server by what its own container was made from."""
     raw = read_container(state)
     found = state["container"]
@@ -391,8 +381,8 @@ def read_running(state: Dict[str, Any]) -> None:
 
 
 def resolve(
-    files: Sequence[FileChange], wanted: Mapping[str, Any], state: Dict[str, Any], *, as_installed: bool
-) -> Tuple[Dict[str, Any], str]:
+    files: Sequence[FileChange], wanted: Mapping[str, Any], state: dict[str, Any], *, as_installed: bool
+) -> tuple[dict[str, Any], str]:
     """Return the service that the files describe and its config hash; add where it isn't the wanted one to `problems`."""
     contents = {os.path.basename(change.path): change.after for change in files}
     service, config_hash = compose.resolve(contents, wanted["project_dir"], state["project"])
@@ -405,11 +395,11 @@ def resolve(
 def read_service(
     files: Sequence[FileChange],
     wanted: Mapping[str, Any],
-    state: Dict[str, Any],
-    known_hash: Optional[str],
+    state: dict[str, Any],
+    known_hash: str | None,
     *,
     as_installed: bool,
-) -> Tuple[Dict[str, Any], str]:
+) -> tuple[dict[str, Any], str]:
     """Compare the container with the service of the files; return that, and its config hash.
 
     `known_hash` is the one that Compose told of the very same files when they were proven.
@@ -429,11 +419,11 @@ def read_service(
 
 
 def compare_container(
-    raw: Optional[Mapping[str, Any]],
+    raw: Mapping[str, Any] | None,
     service: Mapping[str, Any],
     config_hash: str,
     wanted: Mapping[str, Any],
-    state: Dict[str, Any],
+    state: dict[str, Any],
 ) -> None:
     """Fill in whether the container is the wanted one, and what its API says."""
     found = state["container"]
@@ -468,13 +458,13 @@ class Judged(NamedTuple):
 
     service: Mapping[str, Any]
     config_hash: str
-    same: Optional[record.Proven]
+    same: record.Proven | None
 
 
 def read_files(
     wanted: Mapping[str, Any],
-    state: Dict[str, Any],
-    last: Optional[record.Proven],
+    state: dict[str, Any],
+    last: record.Proven | None,
     files: Sequence[FileChange],
     *,
     as_installed: bool,
@@ -484,9 +474,7 @@ def read_files(
     left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
     state["files_differ"] = bool(changes or left)
     state["changes"] = describe_changes(changes, wanted)
-    state["changes"].extend(
-        "{0}, which an interrupted play has left, is removed".format(path) for path in left
-    )
+    state["changes"].extend(f"{path}, which an interrupted play has left, is removed" for path in left)
     state["project"] = project_of(files, wanted, as_installed=as_installed)
     contents = {os.path.basename(one.path): one.after for one in files[:2]}
     same = last if last and contents.items() <= last.files.items() else None
@@ -499,12 +487,10 @@ def read_files(
     return Judged(service, config_hash, same)
 
 
-def begin(
-    gpu_device_id: Optional[str], wanted: Mapping[str, Any]
-) -> Tuple[Dict[str, Any], Mapping[str, Any]]:
+def begin(gpu_device_id: str | None, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Read the cards; return the state so far, and what is wanted with the card's id as the engine takes it."""
-    problems: List[str] = []
-    state: Dict[str, Any] = {
+    problems: list[str] = []
+    state: dict[str, Any] = {
         "problems": problems,
         "gpus": [],
         "gpu": None,
@@ -539,7 +525,7 @@ def begin(
     return state, wanted
 
 
-def read(gpu_device_id: Optional[str], wanted: Mapping[str, Any], **options: Any) -> Dict[str, Any]:
+def read(gpu_device_id: str | None, wanted: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """Take the one look: what is there, what is wanted, and what would change.
 
     Args:
@@ -607,7 +593,7 @@ def is_recorded(state: Mapping[str, Any], judged: Judged) -> bool:
     return all(judged.same.record.get(key) == value for key, value in state["proof"].items())
 
 
-def sources(wanted: Mapping[str, Any], options: Mapping[str, Any]) -> List[FileChange]:
+def sources(wanted: Mapping[str, Any], options: Mapping[str, Any]) -> list[FileChange]:
     """Return the files that the server is judged by."""
     if options.get("as_previous"):
         return previous_files(wanted["project_dir"])
@@ -629,7 +615,7 @@ def find_problems(
     return preflight.problems(checks, preflight.Asked(state, service, wanted, force, training_gpus))
 
 
-def proof(state: Mapping[str, Any], config_hash: str) -> Dict[str, Any]:
+def proof(state: Mapping[str, Any], config_hash: str) -> dict[str, Any]:
     """Return what a proven server proves, to be recorded; no secret is in it."""
     return {
         "requested": state["container"]["requested"][0],
@@ -664,13 +650,13 @@ def action(state: Mapping[str, Any]) -> str:
     return "wait" if state["doubts"] else "nothing"
 
 
-def doubts(state: Mapping[str, Any]) -> List[str]:
+def doubts(state: Mapping[str, Any]) -> list[str]:
     """Say what keeps the server from being proven, the most basic reason first."""
     found = state["container"]
     if found is None:
-        return ["There is no container named {0}.".format(CONTAINER)]
+        return [f"There is no container named {CONTAINER}."]
     if found["status"] != "running":
-        return ["The container is {0}, not running.".format(found["status"])]
+        return [f"The container is {found['status']}, not running."]
     reasons = []
     if len(found["requested"]) != 1 or state["gpu"] is None:
         reasons.append("The container was not asked for one certain GPU.")
@@ -679,5 +665,5 @@ def doubts(state: Mapping[str, Any]) -> List[str]:
     if state["referee"]["code"] != 0:
         reasons.append(state["referee"]["message"])
     if state["api"]["error"] is not None:
-        reasons.append("API: {0}.".format(state["api"]["error"]))
+        reasons.append(f"API: {state['api']['error']}.")
     return reasons

@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 import time
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, engine, record, shell, trust
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER, OWN_NAME, PROJECT
@@ -43,9 +43,9 @@ _KEPT = {
 class Outcome(NamedTuple):
     """What was done to be as before, in words for a person, and what could not be done."""
 
-    restored: List[str]
-    removed: List[str]
-    failed: List[str]
+    restored: list[str]
+    removed: list[str]
+    failed: list[str]
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -57,9 +57,7 @@ class Outcome(NamedTuple):
         except Problem as problem:
             self.failed.append(str(problem))
         except OSError as error:
-            self.failed.append(
-                "{0} could not be written: {1}.".format(error.filename or "A file", error.strerror)
-            )
+            self.failed.append(f"{error.filename or 'A file'} could not be written: {error.strerror}.")
 
 
 # --- keeping ------------------------------------------------------------------
@@ -70,7 +68,7 @@ def path_in(project_dir: str) -> str:
     return os.path.join(project_dir, record.KEEP, record.BEFORE)
 
 
-def load(project_dir: str) -> Optional[Dict[str, Any]]:
+def load(project_dir: str) -> dict[str, Any] | None:
     """Return what the change that hasn't ended has kept, or None."""
     path = path_in(project_dir)
     found = trust.read(path, _LARGEST)
@@ -82,8 +80,8 @@ def load(project_dir: str) -> Optional[Dict[str, Any]]:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise Problem(
-            "{0}, which says how this host was before a change that was interrupted, can't be read. Remove it with "
-            "`rm {0}`; then the host counts as it is now.".format(path)
+            f"{path}, which says how this host was before a change that was interrupted, can't be read. Remove it with "
+            f"`rm {path}`; then the host counts as it is now."
         ) from error
     return kept
 
@@ -98,7 +96,7 @@ def save(kept: Mapping[str, Any]) -> None:
     record.write_whole(path, json.dumps(kept).encode(), 0o600)
 
 
-def drop(project_dir: str) -> List[str]:
+def drop(project_dir: str) -> list[str]:
     """Forget what was kept; return the directories that it was kept in and that are empty without it."""
     kept = load(project_dir)
     if kept is None:
@@ -112,7 +110,7 @@ def drop(project_dir: str) -> List[str]:
     return removed
 
 
-def take(project_dir: str, images: Sequence[str], *, proven: bool) -> Dict[str, Any]:
+def take(project_dir: str, images: Sequence[str], *, proven: bool) -> dict[str, Any]:
     """Keep the files, what the `images` mean, and the container, and return it all; nothing is written yet.
 
     A play that was killed in the middle of its change has left what it had kept: that
@@ -146,7 +144,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> List[str]:
+def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return the files that somebody has edited since the change that kept `older` was interrupted."""
     return [
         path
@@ -168,16 +166,16 @@ def _over(older: Mapping[str, Any], found: Mapping[str, Any], *, proven: bool) -
     return proven and _id(older) != _id(found)
 
 
-def _id(kept: Mapping[str, Any]) -> Optional[str]:
+def _id(kept: Mapping[str, Any]) -> str | None:
     return kept["container"]["Id"] if kept["container"] else None
 
 
-def _as_found(project_dir: str, images: Sequence[str]) -> Dict[str, Any]:
+def _as_found(project_dir: str, images: Sequence[str]) -> dict[str, Any]:
     found = container.inspect()
     proven = os.path.join(project_dir, record.KEEP)
     states = [record.load(project_dir, which) for which in _LINKS]
     images = [*images, *(state.record["image"] for state in states if state)]
-    attached: List[str] = []
+    attached: list[str] = []
     if found:
         images.append(found["Config"]["Image"])
         attached = list(engine.networks_of(found))
@@ -195,14 +193,14 @@ def _as_found(project_dir: str, images: Sequence[str]) -> Dict[str, Any]:
     }
 
 
-def _missing(directory: str) -> List[str]:
+def _missing(directory: str) -> list[str]:
     """Return the directories on the way to `directory`, itself included, that don't exist."""
     if os.path.lexists(directory):
         return []
     return [*_missing(os.path.dirname(directory)), directory]
 
 
-def _file(path: str) -> Dict[str, Any]:
+def _file(path: str) -> dict[str, Any]:
     """Return a file as it is."""
     link = os.readlink(path) if os.path.islink(path) else None
     found = trust.read(path)
@@ -218,9 +216,9 @@ def _file(path: str) -> Dict[str, Any]:
     }
 
 
-def _networks(names: Sequence[str] = ()) -> List[Dict[str, Any]]:
+def _networks(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the networks of the service, and those of these names that exist."""
-    form = '{{.ID}} {{.Name}} {{.Label "%s"}}' % _PROJECT
+    form = '{{.ID}} {{.Name}} {{.Label "' + _PROJECT + '"}}'
     rows = [
         row.split()
         for row in (container.ask(["network", "ls", "--no-trunc", "--format", form]) or "").splitlines()
@@ -230,23 +228,23 @@ def _networks(names: Sequence[str] = ()) -> List[Dict[str, Any]]:
     return [network for answer in answers if answer for network in json.loads(answer)]
 
 
-def _volumes() -> List[str]:
-    label = "label={0}={1}".format(_PROJECT, PROJECT)
+def _volumes() -> list[str]:
+    label = f"label={_PROJECT}={PROJECT}"
     return sorted((container.ask(["volume", "ls", "--quiet", "--filter", label]) or "").split())
 
 
-def obstacles(kept: Mapping[str, Any]) -> List[str]:
+def obstacles(kept: Mapping[str, Any]) -> list[str]:
     """Say why the container that is kept could not be made again."""
     before = kept["container"]
     if before is None:
         return []
     host, found = before["HostConfig"], []
     if container.image_id(before["Image"]) is None:
-        found.append("its image ({0}) is no longer on this host".format(before["Config"]["Image"]))
+        found.append(f"its image ({before['Config']['Image']}) is no longer on this host")
     if host.get("AutoRemove"):
         found.append("it was started with --rm, so the Docker Engine deletes it when it stops")
     found.extend(
-        "its {0} is another container's ({1})".format(key, host[key])
+        f"its {key} is another container's ({host[key]})"
         for key in ("NetworkMode", "IpcMode", "PidMode")
         if str(host.get(key)).startswith("container:")
     )
@@ -287,7 +285,7 @@ def _restore_file(path: str, before: Mapping[str, Any], done: Outcome) -> None:
     done.restored.append(path)
 
 
-def _replace_link(path: str, target: Optional[str]) -> None:
+def _replace_link(path: str, target: str | None) -> None:
     """Make `path` a link to `target`, or no link where there was none."""
     if target is not None:
         record.point(os.path.dirname(path), os.path.basename(path), target)
@@ -295,7 +293,7 @@ def _replace_link(path: str, target: Optional[str]) -> None:
         os.unlink(path)
 
 
-def _restore_link(path: str, target: Optional[str]) -> None:
+def _restore_link(path: str, target: str | None) -> None:
     """Let what counts as proven be what it was, as long as it's there."""
     keep, name = os.path.split(path)
     if record.target(keep, name) == target:
@@ -321,7 +319,7 @@ def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
     for image, wanted in kept["images"].items():
         with done.step():
             _restore_image(image, wanted, done)
-    used: List[str] = []
+    used: list[str] = []
     with done.step():
         _remove_others(kept, used, done)
     # Before the others are made, as their addresses may be taken; one that can't be removed must not cost the server.
@@ -333,18 +331,18 @@ def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
     return done
 
 
-def _restore_image(image: str, wanted: Optional[str], done: Outcome) -> None:
+def _restore_image(image: str, wanted: str | None, done: Outcome) -> None:
     """Give an image its name back; one that was pulled for the change stays."""
     if wanted is None or container.image_id(image) == wanted:
         return
     _do("image", "tag", wanted, image)
-    done.restored.append("the image {0}".format(image))
+    done.restored.append(f"the image {image}")
 
 
 def _do(*argv: str, timeout: float = shell.TIMEOUT) -> None:
     """Run a docker command that must succeed; raise as container.ask does."""
     if container.ask(argv, timeout) is None:
-        raise Problem("`docker {0}` failed: there is no such thing.".format(" ".join(argv)))
+        raise Problem(f"`docker {' '.join(argv)}` failed: there is no such thing.")
 
 
 def _stop(found: Mapping[str, Any]) -> None:
@@ -352,7 +350,7 @@ def _stop(found: Mapping[str, Any]) -> None:
     _do("stop", found["Id"], timeout=grace + shell.TIMEOUT)
 
 
-def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
+def _own_containers(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the containers that a change of this very service has to do with."""
     ids = container.ask(["ps", "--all", "--no-trunc", "--quiet", "--filter", "name=" + CONTAINER]) or ""
     found = [one for one in map(container.inspect, ids.split()) if one]
@@ -365,7 +363,7 @@ def _own_containers(kept: Mapping[str, Any]) -> List[Dict[str, Any]]:
     ]
 
 
-def _remove_others(kept: Mapping[str, Any], networks: List[str], done: Outcome) -> None:
+def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
     """Remove what the change has made in the container's place; add the networks that it was on to `networks`."""
     for one in _own_containers(kept):
         if one["Id"] == _id(kept):
@@ -376,7 +374,7 @@ def _remove_others(kept: Mapping[str, Any], networks: List[str], done: Outcome) 
         done.removed.append("the container that failed")
 
 
-def stop_timeout(found: Optional[Mapping[str, Any]]) -> int:
+def stop_timeout(found: Mapping[str, Any] | None) -> int:
     """Return how long a container may take to stop, in seconds."""
     return int((found or {}).get("Config", {}).get("StopTimeout") or 10)
 
@@ -387,7 +385,7 @@ def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
     for one in kept["networks"]:
         if one["Name"] not in names:
             engine.create_network(one)
-            done.restored.append("the network {0}".format(one["Name"]))
+            done.restored.append(f"the network {one['Name']}")
 
 
 def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
@@ -397,7 +395,7 @@ def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome
         if one["Name"] not in before and _PROJECT in (one["Labels"] or {}) and not one["Containers"]:
             with done.step():
                 _do("network", "rm", one["Id"])
-                done.removed.append("the network {0}".format(one["Name"]))
+                done.removed.append(f"the network {one['Name']}")
 
 
 def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
@@ -411,14 +409,14 @@ def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
         name = before["Config"]["Image"]
         image = name if container.image_id(name) == before["Image"] else before["Image"]
         engine.create(before, CONTAINER, image)
-        done.restored.append("the container {0}, with the settings that it had".format(CONTAINER))
+        done.restored.append(f"the container {CONTAINER}, with the settings that it had")
         return
     if now["Name"] != before["Name"]:
         _do("rename", before["Id"], CONTAINER)
-        done.restored.append("the name of the container {0}".format(CONTAINER))
+        done.restored.append(f"the name of the container {CONTAINER}")
     if now["State"]["Running"] and not before["State"]["Running"]:
         _stop(now)
-        done.restored.append("the container {0}, stopped as before".format(CONTAINER))
+        done.restored.append(f"the container {CONTAINER}, stopped as before")
 
 
 def wait_for_engine(seconds: float) -> None:
@@ -461,6 +459,6 @@ def start() -> None:
     _do("start", CONTAINER, timeout=6 * shell.TIMEOUT)
 
 
-def new_volumes(kept: Mapping[str, Any]) -> List[str]:
+def new_volumes(kept: Mapping[str, Any]) -> list[str]:
     """Return the volumes that the change has made: they stay, as they may hold hours of downloads."""
     return [name for name in _volumes() if name not in kept["volumes"]]

@@ -90,7 +90,7 @@ removed:
 import contextlib
 import os
 import re
-from typing import Any, Dict, Mapping, Sequence, Set
+from typing import Any, Mapping, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -113,7 +113,7 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
     and it is no secret: comments and other keys may hold anything.
     """
     if change.path.endswith("/" + server.REFEREE):
-        return "(the referee, {0} lines)\n".format(len(content.splitlines()))
+        return f"(the referee, {len(content.splitlines())} lines)\n"
     if not change.path.endswith("/" + server.ENV_FILE):
         return content.decode("utf-8", "replace")
     text = ""
@@ -125,7 +125,7 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
     return text
 
 
-def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) -> Set[str]:
+def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) -> set[str]:
     """Return what no diff may show: also what somebody has written into the compose file itself."""
     found = outgoing.known(wanted["project_dir"], settings.secrets(wanted))
     found.update(outgoing.secret_values(wanted["server_env"]))
@@ -142,7 +142,7 @@ def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) 
     return found
 
 
-def diff(change: server.FileChange, wanted: Mapping[str, Any], secrets: Set[str]) -> Dict[str, str]:
+def diff(change: server.FileChange, wanted: Mapping[str, Any], secrets: set[str]) -> dict[str, str]:
     """Return Ansible's diff structure for one file."""
     return {
         "before_header": change.path,
@@ -179,8 +179,10 @@ def main() -> None:
         module.fail_json(msg=server.message(problem, wanted["project_dir"]))
     except OSError as error:
         module.fail_json(
-            msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "
-            "run the play again.".format(error.filename or wanted["project_dir"], error.strerror)
+            msg=(
+                f"{error.filename or wanted['project_dir']} could not be written: {error.strerror}. The file there "
+                "is as it was; free the space or the path and run the play again."
+            )
         )
     module.exit_json(
         changed=bool(changes or found),

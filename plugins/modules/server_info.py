@@ -218,7 +218,7 @@ log:
   elements: str
 """
 
-from typing import Any, Dict, Mapping
+from typing import Any, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -235,7 +235,7 @@ _LINE = 2000
 _FOREIGN = ("problems", "doubts", "notes", "changes", "log", "api", "referee")
 
 
-def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> Dict[str, Any]:
+def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return what may leave the host of a state."""
     secrets = outgoing.known(wanted["project_dir"], settings.secrets(wanted)) | state["secrets"]
     result = {key: outgoing.clean(value) for key, value in state.items() if key != "secrets"}

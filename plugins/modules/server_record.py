@@ -64,7 +64,7 @@ restored:
 
 import os
 import time
-from typing import Any, Dict, List
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -79,13 +79,13 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
 )
 
 
-def image_digests(image: str) -> List[str]:
+def image_digests(image: str) -> list[str]:
     """Return the registry's digests of an image; none for one that was built or loaded."""
     output = shell.run(["docker", "image", "inspect", "--format", '{{join .RepoDigests " "}}', image])
     return output.out.split() if output.code == 0 else []
 
 
-def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[str, Any]:
+def save(module: AnsibleModule, directory: str, proof: dict[str, Any]) -> dict[str, Any]:
     """Keep the files as they are, with the record."""
     installed = server.installed_files(directory)
     files = {os.path.basename(one.path): one.after for one in installed}
@@ -112,14 +112,12 @@ def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
     )
     if tagged.code != 0:
         raise server.Problem(
-            "The image that {0} was proven with ({1}) can't be given its name back: {2}".format(
-                image, wanted, tagged.err
-            )
+            f"The image that {image} was proven with ({wanted}) can't be given its name back: {tagged.err}"
         )
     return True
 
 
-def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> List[str]:
+def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> list[str]:
     """Put the compose file and `.env` back byte for byte; return which ones had changed."""
     restored = []
     if not module.check_mode:
@@ -135,7 +133,7 @@ def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) 
     return restored
 
 
-def restore(module: AnsibleModule, directory: str) -> Dict[str, Any]:
+def restore(module: AnsibleModule, directory: str) -> dict[str, Any]:
     """Put the previous files back, and the image's name on the image that was proven."""
     proven = record.load(directory, "previous")
     if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
@@ -174,9 +172,7 @@ def main() -> None:
         module.fail_json(msg=server.message(problem, params["project_dir"]))
     except OSError as error:
         module.fail_json(
-            msg="{0} could not be written: {1}.".format(
-                error.filename or params["project_dir"], error.strerror
-            )
+            msg=f"{error.filename or params['project_dir']} could not be written: {error.strerror}."
         )
     module.exit_json(**result)
 

@@ -70,7 +70,7 @@ msg:
 
 import contextlib
 import os
-from typing import Iterable, List, Sequence, Set, Tuple
+from typing import Iterable, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -85,21 +85,21 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 
-def users_lines(content: bytes, keys: Iterable[str]) -> Tuple[bytes, List[str]]:
+def users_lines(content: bytes, keys: Iterable[str]) -> tuple[bytes, list[str]]:
     """Return the lines of a `.env` whose keys are not of `keys`, and those keys."""
     users = [line for line in dotenv.lines(content) if line.key and line.key not in keys]
     text = b"".join(line.text + (line.ending or b"\n") for line in users)
     return text, list(dict.fromkeys(line.key or "" for line in users))
 
 
-def used_keys(directory: str) -> Set[str]:
+def used_keys(directory: str) -> set[str]:
     """Return the keys of `.env` that the role's compose file uses, as it is and as it was proven."""
     places = (directory, os.path.join(directory, record.KEEP, "current"))
     files = (server.read_file(os.path.join(place, server.COMPOSE_FILE))[0] or b"" for place in places)
     return set().union(*map(compose.named, files))
 
 
-def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple[List[str], List[str]]:
+def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> tuple[list[str], list[str]]:
     """Remove `.env`, but for the keys that are the user's; return what was removed and what was kept."""
     path = os.path.join(directory, server.ENV_FILE)
     content = server.read_file(path)[0]
@@ -115,10 +115,10 @@ def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple
     if not only_look and text != content:
         record.write_whole(os.path.realpath(path), text, 0o600)
     removed = ["the role's keys and the comments in " + path] if text != content else []
-    return removed, ["{0} in {1}".format(", ".join(users), path)]
+    return removed, [f"{', '.join(users)} in {path}"]
 
 
-def service_files(directory: str) -> List[str]:
+def service_files(directory: str) -> list[str]:
     """Return the paths of all files of the service but `.env`, and of every copy of it."""
     names = (server.COMPOSE_FILE, server.REFEREE, record.KEEP)
     paths = [*(os.path.join(directory, name) for name in names), *leftovers.leftovers(directory)]
@@ -131,7 +131,7 @@ def is_ours(directory: str) -> bool:
     return any(map(os.path.lexists, marks)) or bool(leftovers.leftovers(directory))
 
 
-def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
+def remove(module: AnsibleModule) -> tuple[list[str], list[str]]:
     """Remove what was requested; return what was removed and what was kept."""
     directory, only_look = module.params["project_dir"], module.check_mode
     found = removal.find()
@@ -160,14 +160,15 @@ def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
 def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) -> str:
     """Say what was, or would be, removed and kept."""
     if not removed:
-        return "There was nothing to remove: no vLLM server is on this host, and no files of this role are in {0}.".format(
-            module.params["project_dir"]
+        return (
+            "There was nothing to remove: no vLLM server is on this host, and no files of this role are in "
+            f"{module.params['project_dir']}."
         )
     would = "would be " if module.check_mode else ""
     text = "" if would else "There is no vLLM server on this host any more. "
-    text += "{0}: {1}.".format((would + "removed").capitalize(), ", ".join(removed))
+    text += f"{(would + 'removed').capitalize()}: {', '.join(removed)}."
     if kept:
-        text += " {0}: {1}.".format((would + "kept").capitalize(), ", ".join(dict.fromkeys(kept)))
+        text += f" {(would + 'kept').capitalize()}: {', '.join(dict.fromkeys(kept))}."
     if any(one.startswith("volume ") for one in kept) and not would:
         text += " To remove a volume, too: docker volume rm NAME"
     return text
@@ -192,8 +193,9 @@ def main() -> None:
         module.fail_json(msg=server.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
-            msg="{0} could not be removed or written: {1}. Correct that, and run the play again.".format(
-                error.filename or module.params["project_dir"], error.strerror
+            msg=(
+                f"{error.filename or module.params['project_dir']} could not be removed or written: "
+                f"{error.strerror}. Correct that, and run the play again."
             )
         )
     module.exit_json(changed=bool(removed), removed=removed, kept=kept, msg=message(module, removed, kept))

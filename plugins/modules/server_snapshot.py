@@ -92,7 +92,7 @@ start:
 """
 
 import contextlib
-from typing import Any, Dict, Mapping
+from typing import Any, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, server, snapshot
@@ -102,28 +102,26 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Proble
 _AWAY = 60
 
 
-def take(params: Mapping[str, Any]) -> Dict[str, Any]:
+def take(params: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the host as it is, unless it could not be put back."""
     kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
     reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
     if reasons:
         raise Problem(
-            "The server that is there could not be put back if the change failed: {0}. To replace it all the same, "
-            "set vllm_gpu_force: [irreversible].".format(", and ".join(reasons))
+            f"The server that is there could not be put back if the change failed: {', and '.join(reasons)}. To "
+            "replace it all the same, set vllm_gpu_force: [irreversible]."
         )
     with lock.holding(params["lock"]):
         snapshot.save(kept)
     return {"changed": False, "interrupted": kept["interrupted"]}
 
 
-def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
+def restore(params: Mapping[str, Any]) -> dict[str, Any]:
     """Put everything back; what can't be is reported in the end, all at once."""
     kept = snapshot.load(params["project_dir"])
     if kept is None:
         raise Problem(
-            "Nothing was kept to go back to: {0} does not exist.".format(
-                snapshot.path_in(params["project_dir"])
-            )
+            f"Nothing was kept to go back to: {snapshot.path_in(params['project_dir'])} does not exist."
         )
     # The files don't need the engine, and come back whatever has become of it.
     with lock.holding(params["lock"], lock.STEP + _AWAY):
@@ -164,7 +162,7 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
     )
 
 
-def start(params: Mapping[str, Any]) -> Dict[str, Any]:
+def start(params: Mapping[str, Any]) -> dict[str, Any]:
     """Start the container where it ran before."""
     kept = snapshot.load(params["project_dir"])
     for last in (False, True):
@@ -182,7 +180,7 @@ def start(params: Mapping[str, Any]) -> Dict[str, Any]:
     return {"changed": True}
 
 
-def drop(params: Mapping[str, Any]) -> Dict[str, Any]:
+def drop(params: Mapping[str, Any]) -> dict[str, Any]:
     """Forget what was kept."""
     with lock.holding(params["lock"]):
         return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
@@ -214,9 +212,7 @@ def main() -> None:
         module.fail_json(msg=server.message(problem, module.params["project_dir"]))
     except OSError as error:
         module.fail_json(
-            msg="{0} could not be written: {1}.".format(
-                error.filename or module.params["project_dir"], error.strerror
-            )
+            msg=f"{error.filename or module.params['project_dir']} could not be written: {error.strerror}."
         )
     if result.get("failed"):
         module.fail_json(**result)

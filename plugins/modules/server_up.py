@@ -57,7 +57,6 @@ container:
 """
 
 import os
-from typing import List, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -75,7 +74,7 @@ _PROJECT = "COMPOSE_PROJECT_NAME"
 _ENDING = 15
 
 
-def command(directory: str, project: str, *, always: bool) -> List[str]:
+def command(directory: str, project: str, *, always: bool) -> list[str]:
     """Return the call of Compose, in options that 2.18 has."""
     argv = [
         "docker",
@@ -96,31 +95,30 @@ def command(directory: str, project: str, *, always: bool) -> List[str]:
 def compose_up(directory: str, project: str, *, always: bool, timeout: int) -> None:
     """Run Compose; Problem, with its own message, where it fails."""
     # timeout(1) also ends the plugin that docker starts, which would go on without the lock.
-    argv = ["timeout", "--kill-after={0}".format(_ENDING), str(timeout)]
+    argv = ["timeout", f"--kill-after={_ENDING}", str(timeout)]
     argv += command(directory, project, always=always)
     output = shell.run(argv, env=compose.environment(), timeout=timeout + 2 * _ENDING)
     if output.code in (None, 124, 137):
         raise Problem(
-            "Docker Compose did not bring the server of {0} up within {1} s, and was stopped. Check the Docker service "
-            "(`systemctl status docker`, `journalctl -u docker`), and run the play again. Its output: {2}".format(
-                directory, timeout, output.err or "none"
-            )
+            f"Docker Compose did not bring the server of {directory} up within {timeout} s, and was stopped. Check "
+            "the Docker service (`systemctl status docker`, `journalctl -u docker`), and run the play again. Its "
+            f"output: {output.err or 'none'}"
         )
     if output.code != 0:
         raise Problem(
-            "Docker Compose could not bring the server of {0} up. It reported: {1}".format(
+            "Docker Compose could not bring the server of {} up. It reported: {}".format(
                 directory,
-                output.err or output.out.strip() or "nothing, with exit code {0}".format(output.code),
+                output.err or output.out.strip() or f"nothing, with exit code {output.code}",
             )
         )
 
 
-def state(containers: List[removal.Container]) -> List[Tuple[str, str]]:
+def state(containers: list[removal.Container]) -> list[tuple[str, str]]:
     """Return what tells one start of the server from another."""
     return [(one.id, one.started_at) for one in containers]
 
 
-def bring_up(module: AnsibleModule) -> Tuple[bool, str]:
+def bring_up(module: AnsibleModule) -> tuple[bool, str]:
     """Bring the server up; return whether anything changed, and the container's id."""
     params = module.params
     directory, projects = params["project_dir"], params["projects"]
