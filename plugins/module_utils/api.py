@@ -11,7 +11,7 @@ import socket
 import threading
 from typing import Any, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import compose
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # For a whole answer, in seconds: a server that many clients fall upon at once may take some.
@@ -44,7 +44,7 @@ def address(service: Mapping[str, Any]) -> Address:
 def served_names(service: Mapping[str, Any]) -> list[str]:
     """Return the model names that the API must list, from the resolved command line."""
     command = [str(word) for word in service["command"]]
-    return preflight.option(command, "--served-model-name") or command[:1]
+    return compose.option(command, "--served-model-name") or command[:1]
 
 
 def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -> tuple[int, bytes]:

@@ -9,7 +9,7 @@ import socket
 import urllib.parse
 from typing import Any, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import Unanswered
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.docker import Unanswered
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import TIMEOUT, Problem
 
 SOCKET = "/var/run/docker.sock"

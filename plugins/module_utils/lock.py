@@ -23,8 +23,8 @@ PATH = "/run/vllm_gpu.lock"
 # How long a lease lasts after a step, and, while the play only waits and renews it with every
 # read, how long after that: longer than a read of a slow host, yet short, so that a killed play
 # is soon forgotten. Seconds.
-STEP = 90
-RENEWAL = 45
+LEASE = 90
+WAITING_LEASE = 45
 # How long to wait for the flock: for others' reads and writes of the lease, which take no time,
 # and for a step of this very play that goes on although its connection was lost. Seconds.
 _MOMENT = 5
@@ -90,13 +90,13 @@ def take(run: str, who: str, *, again: bool = False) -> dict[str, Any] | None:
             lease, now = _read(descriptor), time.monotonic()
             if lease.get("run", run) != run and (again or lease.get("until", 0) > now):
                 return lease
-            _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP})
+            _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + LEASE})
             return None
     except _Busy as busy:
         return busy.lease
 
 
-def renew(run: str, seconds: int = RENEWAL) -> bool:
+def renew(run: str, seconds: int = WAITING_LEASE) -> bool:
     """Let the lease of `run` last from now on; False when another play has taken it."""
     try:
         with _opened(_MOMENT) as descriptor:
@@ -111,7 +111,7 @@ def renew(run: str, seconds: int = RENEWAL) -> bool:
 
 
 @contextlib.contextmanager
-def holding(run: str | None, seconds: int = STEP) -> Iterator[None]:
+def holding(run: str | None, seconds: int = LEASE) -> Iterator[None]:
     """Keep every other play out for as long as the block runs; without a `run`, do nothing.
 
     The lease is checked and the change made under one hold of the flock. One that has lapsed

@@ -11,7 +11,7 @@ import shlex
 import urllib.parse
 from typing import Any, Iterable, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, paths
 
 HIDDEN = "********"
 # Names of environment variables whose values nobody may see.
@@ -44,11 +44,13 @@ def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> 
 
 def known(project_dir: str, requested: Mapping[str, str]) -> set[str]:
     """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
-    found = {str(one) for one in requested.values()}
-    for path in (".env", ".proven/current/.env", ".proven/previous/.env"):
+    found = set(map(str, requested.values()))
+    proven = os.path.join(project_dir, paths.PROVEN)
+    for directory in (project_dir, *(os.path.join(proven, link) for link in paths.LINKS)):
         with contextlib.suppress(OSError):
             # A pipe in a file's place would keep us waiting.
-            descriptor = os.open(os.path.join(project_dir, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            path = os.path.join(directory, paths.ENV_FILE)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as stream:
                 content = stream.read(2**20)
             found.update(secret_values(dotenv.texts(content), requested))

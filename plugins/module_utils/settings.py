@@ -34,6 +34,8 @@ VARIABLES: dict[str, str] = {
     "VLLM_RESTART": "vllm_gpu_restart",
     "VLLM_STOP_GRACE_PERIOD": "vllm_gpu_stop_grace_period",
 }
+# What vllm_gpu_force may name.
+FORCE = ("drift", "exposure", "irreversible", "mig", "training")
 # Ansible hides a secret wherever it occurs in what a module returns; a short one occurs in anything.
 SHORTEST_SECRET = 8
 _MAY_BE_EMPTY = ("VLLM_EXTRA_ARGS",)
@@ -87,6 +89,11 @@ _RESERVED: dict[str, str] = {
     "HOME": _MOUNTED,
     "PATH": "the image sets it",
 }
+
+
+def forced(word: str) -> str:
+    """Return what to type to override a refusal."""
+    return f"-e '{json.dumps({'vllm_gpu_force': [word]})}'"
 
 
 def secrets(wanted: Mapping[str, Any]) -> dict[str, str]:

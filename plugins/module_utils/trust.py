@@ -109,14 +109,14 @@ def _has_acl(path: str) -> bool:
 
 
 def _planted(path: str, status: os.stat_result) -> str:
-    link = stat.S_ISLNK(status.st_mode)
+    name = shlex.quote(path)
+    cure = (
+        f"chown -h root: {name}"
+        if stat.S_ISLNK(status.st_mode)
+        else f"chown root: {name} && chmod go-w {name}"
+    )
     return (
-        "{} (owner {}, group {}, mode {:04o}) can be changed by others than root, so what it says can't be trusted. "
-        "Check that it is what it should be, and run: {}".format(
-            path,
-            status.st_uid,
-            status.st_gid,
-            stat.S_IMODE(status.st_mode),
-            ("chown -h root: {0}" if link else "chown root: {0} && chmod go-w {0}").format(shlex.quote(path)),
-        )
+        f"{path} (owner {status.st_uid}, group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}) can be changed "
+        "by others than root, so what it says can't be trusted. Check that it is what it should be, and run: "
+        + cure
     )

@@ -20,10 +20,10 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compose,
     container,
     dotenv,
-    server,
     settings,
     shell,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import module as module_args
 
 from tests.faults.test_matrix import ROWS
 from tests.wanted import rendered
@@ -140,7 +140,7 @@ def test_the_modules_document_what_they_take(name: str) -> None:
     module = importlib.import_module(f"ansible_collections.mlops.vllm_gpu.plugins.modules.{name}")
     documented = yaml.safe_load(module.DOCUMENTATION)
     options = options_of(documented["options"])
-    spec = {key: dict(option) for key, option in server.WANTED_OPTIONS.items()}
+    spec = {key: dict(option) for key, option in module_args.WANTED_OPTIONS.items()}
     for secret in ("secrets", "secret_env"):
         assert spec[secret].pop("no_log") is True
     assert options["wanted"] == {"type": "dict", "required": True, "options": spec}
@@ -274,7 +274,7 @@ def test_the_env_that_compose_reads_is_the_one_in_the_root() -> None:
 def test_names_that_stand_in_code_and_in_yaml_agree() -> None:
     service = yaml.safe_load(COMPOSE)["services"]
     assert list(service) == [compose.SERVICE]
-    assert service[compose.SERVICE]["container_name"] == server.CONTAINER
+    assert service[compose.SERVICE]["container_name"] == container.CONTAINER
 
 
 def test_versions_agree() -> None:
