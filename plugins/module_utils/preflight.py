@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What prevents a change: each check returns a text with its cure, or None.
 
-Asked where something would change; of a server that is proven, only whether its
-card is still the one that it was.
+For a host where something would change: server.py imports this only there, as Ansible compiles
+what is imported at each call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping
 
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     advice,
@@ -22,21 +22,14 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     gpus,
     ports,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.identity import CHECKS as IDENTITY
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.identity import Context
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.settings import forced
 
 # vLLM's image takes about 10 GB compressed and 25 GB unpacked.
 IMAGE_BYTES = 25 * 10**9
 # The paths that answer without the API key, so that nobody takes it for a wall.
 UNGUARDED = "/health, /metrics, /ping, /tokenize and /invocations"
-
-
-class Context(NamedTuple):
-    """What the checks read."""
-
-    state: Mapping[str, Any]
-    service: Mapping[str, Any]
-    force: Sequence[str]
-    training_gpus: Sequence[str]
 
 
 def check_engine(_context: Context) -> str | None:
@@ -123,24 +116,6 @@ def check_memory(context: Context) -> str | None:
     )
 
 
-def check_training_ids(context: Context) -> str | None:
-    """Each card that is set aside for training exists: a misspelt one would protect none."""
-    # `-e vllm_gpu_training_gpus=` is a list with an empty text.
-    names = filter(None, (str(name).strip() for name in context.training_gpus))
-    cards = context.state["gpus"]
-    lost = [name for name in names if not any(gpus.is_called(gpu, name) for gpu in cards)]
-    if any(name.startswith("MIG-") for name in lost):
-        instances = {uuid for _card, _profile, uuid in gpus.instances()}
-        lost = [name for name in lost if name not in instances]
-    if not lost:
-        return None
-    return (
-        f"vllm_gpu_training_gpus names {', '.join(map(json.dumps, lost))}, but this host has no such GPU, so that "
-        "nothing would be protected. Use an index, a UUID or a PCI bus id (in YAML within quotes) of "
-        f"{gpus.describe(cards)}."
-    )
-
-
 def check_training(context: Context) -> str | None:
     """The card isn't set aside for training."""
     gpu = context.state["gpu"]
@@ -164,22 +139,6 @@ def check_mig(context: Context) -> str | None:
         f"GPU {gpu['index']} ({gpu['name']}, {gpu['uuid']}) is divided (MIG), and vLLM would not get the whole of it. "
         f"Name an instance of it as gpu_device_id ({' or '.join(names) or '`nvidia-smi -L` lists none yet'}), or say "
         f"that you mean the whole card with {forced('mig')}."
-    )
-
-
-def check_drift(context: Context) -> str | None:
-    """The index that was proven means the same physical card as then."""
-    gpu, last = context.state["gpu"], context.state["last_proven"]
-    if not gpu or not last or "drift" in context.force:
-        return None
-    then = last["gpu"]
-    requested = context.state["gpu_device_id"] or last["requested"]
-    if not requested.isdigit() or then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
-        return None
-    return (
-        f"GPU {gpu['index']} is another card than it was: {then['name']} ({then['uuid']}) when the server was proven at "
-        f"{last['proven_at']}, now {gpu['name']} ({gpu['uuid']}). Name the card by its UUID, or accept the new "
-        f"numbering with {forced('drift')}."
     )
 
 
@@ -290,14 +249,12 @@ def check_wsl(_context: Context) -> str | None:
     return None
 
 
-ALWAYS: list[Callable[[Context], str | None]] = [check_drift, check_training_ids]
 CHECKS: list[Callable[[Context], str | None]] = [
     check_wsl,
     check_engine,
     check_compose,
     check_project,
-    check_drift,
-    check_training_ids,
+    *IDENTITY,
     check_training,
     check_mig,
     check_listing,
@@ -308,11 +265,3 @@ CHECKS: list[Callable[[Context], str | None]] = [
     check_model,
     check_disk,
 ]
-
-
-def problems(checks: Sequence[Callable[[Context], str | None]], context: Context) -> Iterator[str]:
-    """Yield what the checks find."""
-    for check in checks:
-        problem = check(context)
-        if problem:
-            yield problem

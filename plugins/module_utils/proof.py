@@ -51,7 +51,7 @@ def action(state: Mapping[str, Any]) -> str:
     return "wait" if state["doubts"] else "nothing"
 
 
-def proof(state: Mapping[str, Any], config_hash: str) -> dict[str, Any]:
+def to_record(state: Mapping[str, Any], config_hash: str) -> dict[str, Any]:
     """Return what a proven server proves, to be recorded; no secret is in it."""
     return {
         "requested": state["container"]["requested"][0],

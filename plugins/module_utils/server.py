@@ -13,7 +13,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compare,
     docker,
     files,
-    preflight,
+    identity,
     proof,
     record,
     referee,
@@ -116,7 +116,7 @@ def read(gpu_device_id: str | None, wanted: Mapping[str, Any], **options: Any) -
         problems.extend(found)
     state["proven"] = not problems and not state["doubts"]
     if state["proven"] and judged.service:
-        state["proof"] = proof.proof(state, judged.config_hash)
+        state["proof"] = proof.to_record(state, judged.config_hash)
         state["recorded"] = proof.is_recorded(state, judged)
     return state
 
@@ -130,6 +130,10 @@ def find_problems(
     changes = options.get("preflight") and (
         state["problems"] or state["doubts"] or options.get("as_previous")
     )
-    checks = preflight.CHECKS if changes else preflight.ALWAYS
-    force, training_gpus = options.get("force", []), options.get("training_gpus", [])
-    return preflight.problems(checks, preflight.Context(state, service, force, training_gpus))
+    checks = identity.CHECKS
+    if changes:
+        from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight  # noqa: PLC0415
+
+        checks = preflight.CHECKS
+    context = identity.Context(state, service, options.get("force", []), options.get("training_gpus", []))
+    return identity.problems(checks, context)

@@ -11,7 +11,8 @@ description:
   - Runs C(docker compose up --detach) with the compose file and C(.env) of the service. C(.env) alone decides what
     they hold, whatever the host's environment exports. Pulls nothing.
   - Holds the host's lock for as long as that takes, so that no other play changes the server meanwhile.
-  - A server that was started from the same directory in the role's earlier Compose project is removed first, as both have one name.
+  - A server that was started from the same directory in the role's earlier Compose project is removed first, as
+    both have one name.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:

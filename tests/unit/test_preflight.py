@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker as docker_command
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import gpus, preflight, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import gpus, identity, preflight, shell
 
 
-def context(**changes: Any) -> preflight.Context:  # noqa: ANN401
+def context(**changes: Any) -> identity.Context:  # noqa: ANN401
     gpu = {
         "index": 1,
         "uuid": "GPU-1",
@@ -40,7 +40,7 @@ def context(**changes: Any) -> preflight.Context:  # noqa: ANN401
         "environment": changes.pop("environment", {}),
         "volumes": changes.pop("volumes", []),
     }
-    return preflight.Context(state, service, changes.pop("force", []), changes.pop("training", []))
+    return identity.Context(state, service, changes.pop("force", []), changes.pop("training", []))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def drifted(**changes: Any) -> str | None:  # noqa: ANN401
         "gpu_device_id": "1",
         **changes.pop("state", {}),
     }
-    return preflight.check_drift(context(state=state, **changes))
+    return identity.check_drift(context(state=state, **changes))
 
 
 def test_drift() -> None:
@@ -222,7 +222,7 @@ def test_a_share_of_memory_that_somebody_wrote_into_the_files(share: str) -> Non
 
 @pytest.mark.parametrize("one", ["1", " 1", "1 ", "GPU-1", "gpu-1", "00000000:05:00.0", "05:00.0"])
 def test_a_training_id_that_is_a_gpu_of_the_host(one: str) -> None:
-    assert preflight.check_training_ids(context(training=[one])) is None
+    assert identity.check_training_ids(context(training=[one])) is None
     assert preflight.check_training(context(training=[one])) is not None
 
 
@@ -233,7 +233,7 @@ def test_a_training_id_that_is_a_gpu_of_the_host(one: str) -> None:
 def test_a_training_id_that_protects_nothing(monkeypatch: pytest.MonkeyPatch, one: str) -> None:
     monkeypatch.setattr(shell, "run", lambda _: shell.Output(0, "GPU 1: Card (UUID: GPU-1)\n", ""))
     for force in ([], ["training"]):
-        problem = preflight.check_training_ids(context(training=["1", one], force=force))
+        problem = identity.check_training_ids(context(training=["1", one], force=force))
         assert problem is not None
         assert f"names {json.dumps(one)}, but this host has no such GPU" in problem
         assert "1 (Card, GPU-1)" in problem
@@ -241,7 +241,7 @@ def test_a_training_id_that_protects_nothing(monkeypatch: pytest.MonkeyPatch, on
 
 def test_nothing_is_set_aside_by_an_empty_text() -> None:
     """As Ansible makes a list of `-e vllm_gpu_training_gpus=` or `="1, 3"`."""
-    for check in (preflight.check_training, preflight.check_training_ids):
+    for check in (preflight.check_training, identity.check_training_ids):
         assert check(context(training=["", " "])) is None
     assert preflight.check_training(context(training=["0", " 1"])) is not None
 
@@ -253,12 +253,12 @@ def test_an_instance_that_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MIG-41b3359c", False),
         ("MIG-", False),
     ):
-        assert (preflight.check_training_ids(context(training=[one])) is None) == there
+        assert (identity.check_training_ids(context(training=[one])) is None) == there
 
 
 def test_every_lost_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shell, "run", lambda _: shell.Output(0, "", ""))
-    problem = preflight.check_training_ids(context(training=["8", "1", "GPU-x"]))
+    problem = identity.check_training_ids(context(training=["8", "1", "GPU-x"]))
     assert 'names "8", "GPU-x", but' in str(problem)
 
 

@@ -6,7 +6,7 @@ import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compare,
     docker,
-    preflight,
+    identity,
     proof,
     referee,
     server,
@@ -25,7 +25,7 @@ def test_only_what_two_looks_find_stands_in_the_way(
     monkeypatch.setattr(
         compare, "read_files", lambda *_, **__: proof.Judged({"command": ["m"]}, "hash", None)
     )
-    monkeypatch.setattr(preflight, "problems", lambda *_: iter(finds.pop(0)))
+    monkeypatch.setattr(identity, "problems", lambda *_: iter(finds.pop(0)))
     assert server.read("1", wanted(), preflight=True)["problems"] == problems
     assert finds == []
 
