@@ -11,7 +11,7 @@ from typing import IO, Mapping, NamedTuple, Sequence
 
 # The engine of this very host, wherever the user's environment or Docker context
 # points: the cards that nvidia-smi lists are of no other. The role's tasks that
-# call docker have the same from vars/main.yml.
+# call docker have the same from vars/main/engine.yml.
 ENGINE = {
     "DOCKER_HOST": "unix:///var/run/docker.sock",
     "DOCKER_CONTEXT": "",

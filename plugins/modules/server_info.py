@@ -63,7 +63,7 @@ options:
     type: int
     default: 0
   wanted:
-    description: What the host should have; C(roles/vllm_gpu/vars/main.yml) puts it together.
+    description: What the host should have; C(roles/vllm_gpu/vars/main/wanted.yml) puts it together.
     type: dict
     required: true
     suboptions:
