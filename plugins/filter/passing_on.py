@@ -6,34 +6,12 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: passing_on
 short_description: Let a compose file pass more variables on to the server
-description:
-  - Adds their names only; the values are in C(.env).
+description: Adds a line for each name that the file doesn't pass on yet. Internal to the role.
 author: vllm_gpu maintainers (@mlops)
-version_added: 0.3.0
+version_added: 0.2.0
 options:
-  _input:
-    description: The compose file.
-    type: str
-    required: true
-  names:
-    description: Names of environment variables.
-    type: list
-    elements: str
-    required: true
-"""
-
-EXAMPLES = r"""
-- name: Write a compose file that passes HF_ENDPOINT on
-  ansible.builtin.copy:
-    content: "{{ compose_file | mlops.vllm_gpu.passing_on(['HF_ENDPOINT']) }}"
-    dest: /opt/vllm-gpu/docker-compose.serving.yml
-    mode: "0644"
-"""
-
-RETURN = r"""
-_value:
-  description: The compose file with these names.
-  type: str
+  _input: {description: The compose file., type: str, required: true}
+  names: {description: Names of variables; their values are in C(.env)., type: list, elements: str, required: true}
 """
 
 import re

@@ -6,24 +6,10 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: unknown_variables
 short_description: Find what looks like a setting of the role and is none
-description:
-  - Ansible passes over a misspelt variable in silence, and the server would go where nobody asked for.
+description: Ansible ignores a misspelt variable, and the server would go where nobody wants it. Internal to the role.
 author: vllm_gpu maintainers (@mlops)
-version_added: 0.3.0
+version_added: 0.2.0
 options: {}
-"""
-
-EXAMPLES = r"""
-- name: Show what is misspelt
-  ansible.builtin.debug:
-    msg: "{{ query('mlops.vllm_gpu.unknown_variables') }}"
-"""
-
-RETURN = r"""
-_raw:
-  description: A sentence for each, with what to do.
-  type: list
-  elements: str
 """
 
 import re

@@ -11,8 +11,8 @@ import socket
 import threading
 from typing import Any, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import compose
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import compose
+from .shell import Problem
 
 # For a whole answer, in seconds: a server that many clients fall upon at once may take some.
 DEADLINE = 10

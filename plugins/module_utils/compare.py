@@ -6,17 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    api,
-    compose,
-    container,
-    files,
-    leftovers,
-    outgoing,
-    proof,
-    record,
-    settings,
-)
+from . import api, compose, container, files, leftovers, outgoing, proof, record, settings
 
 
 def read_container(state: dict[str, Any]) -> dict[str, Any] | None:

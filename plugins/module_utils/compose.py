@@ -10,9 +10,10 @@ import re
 import shlex
 from typing import Any, Iterator, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker, settings
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.paths import COMPOSE_FILE, ENV_FILE
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import docker, settings
+from .advice import with_advice
+from .paths import COMPOSE_FILE, ENV_FILE
+from .shell import Problem
 
 SERVICE = "vllm"
 # What the docker command needs of the user's environment: nothing that a compose file could name,
@@ -81,7 +82,9 @@ def up(project: str, project_dir: str, *, always: bool, timeout: int) -> None:
     if output.code != 0:
         message = output.err or output.out.strip() or f"nothing, with exit code {output.code}"
         raise Problem(
-            f"Docker Compose could not bring the server of {project_dir} up. It reported: {message}"
+            with_advice(
+                f"Docker Compose could not bring the server of {project_dir} up. It reported: {message}"
+            )
         )
 
 

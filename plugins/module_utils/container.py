@@ -8,8 +8,8 @@ import os
 import re
 from typing import Any, Iterable, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import docker
+from .shell import Problem
 
 CONTAINER = "vllm-server"
 # While Compose recreates a container it has an interim name: the old id before its own.

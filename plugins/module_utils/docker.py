@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from typing import Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import shell
+from .shell import Problem
 
 # The oldest versions that this collection works with.
 OLDEST_ENGINE, OLDEST_COMPOSE = "20.10", "2.18"

@@ -9,8 +9,8 @@ import socket
 import urllib.parse
 from typing import Any, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.docker import Unanswered
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import TIMEOUT, Problem
+from .docker import Unanswered
+from .shell import TIMEOUT, Problem
 
 SOCKET = "/var/run/docker.sock"
 # Of an answer; bytes.
@@ -50,12 +50,14 @@ def post(path: str, body: Mapping[str, Any]) -> Any:
 def networks_of(container: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return how a container was attached to each of its networks, without what the engine chose itself."""
     attached = {}
-    for name, one in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
+    for name, attachment in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
         endpoint = {
-            key: one[key] for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority") if one.get(key)
+            key: attachment[key]
+            for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority")
+            if attachment.get(key)
         }
         # Engines before 25 list the container's own short id here.
-        aliases = [alias for alias in one.get("Aliases") or [] if alias != container["Id"][:12]]
+        aliases = [alias for alias in attachment.get("Aliases") or [] if alias != container["Id"][:12]]
         attached[name] = dict(endpoint, Aliases=aliases) if aliases else endpoint
     return attached
 

@@ -8,16 +8,8 @@ import re
 import stat
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    compose,
-    container,
-    dotenv,
-    paths,
-    record,
-    settings,
-    trust,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import compose, container, dotenv, paths, record, settings, trust
+from .shell import Problem
 
 # What people put into .env for the server itself; only keys that the compose file names get there.
 _FOR_THE_SERVER = re.compile(

@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import shell
+from .shell import Problem
 
 # How people name a GPU: its index, its UUID (or that of a MIG instance), or its PCI bus id.
 _ID = re.compile(

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import gpus
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.settings import forced
+from . import gpus
+from .settings import forced
 
 
 class Context(NamedTuple):

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import atomic, paths
+from . import atomic, paths
 
 # As atomic.write() names a file until it is whole.
 _TEMPORARY = re.compile(re.escape(atomic.TEMPORARY) + r"[a-z0-9_]{8}\Z")

@@ -17,7 +17,7 @@ import os
 import time
 from typing import Any, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from .shell import Problem
 
 PATH = "/run/vllm_gpu.lock"
 # How long a lease lasts after a step, and, while the play only waits and renews it with every

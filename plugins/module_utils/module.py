@@ -7,15 +7,8 @@ import contextlib
 import os
 from typing import Any, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    compose,
-    dotenv,
-    files,
-    outgoing,
-    paths,
-    settings,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import compose, dotenv, files, outgoing, paths, settings
+from .shell import Problem
 
 WANTED_OPTIONS: dict[str, Any] = {
     "project_dir": {"type": "path", "required": True},

@@ -11,7 +11,7 @@ import shlex
 import urllib.parse
 from typing import Any, Iterable, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv, paths
+from . import dotenv, paths
 
 HIDDEN = "********"
 # Names of environment variables whose values nobody may see.
@@ -69,14 +69,14 @@ def _unreadable(content: bytes) -> Iterator[str]:
 def spellings(secrets: Iterable[str]) -> list[str]:
     """Return every form in which a program may print the secrets, the longest first."""
     found: set[str] = set()
-    for one in secrets:
-        if len(one) >= _SHORTEST:
-            found |= {one, repr(one)[1:-1], shlex.quote(one), one.replace("$", "$$")}
-            found |= {json.dumps(one, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
+    for secret in secrets:
+        if len(secret) >= _SHORTEST:
+            found |= {secret, repr(secret)[1:-1], shlex.quote(secret), secret.replace("$", "$$")}
+            found |= {json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
             found |= {
-                urllib.parse.quote(one, safe="/"),
-                urllib.parse.quote(one, safe=""),
-                urllib.parse.quote_plus(one),
+                urllib.parse.quote(secret, safe="/"),
+                urllib.parse.quote(secret, safe=""),
+                urllib.parse.quote_plus(secret),
             }
     return sorted(found, key=len, reverse=True)
 
@@ -88,11 +88,11 @@ def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
 
 def _clean(value: Any, hidden: list[str]) -> Any:
     if isinstance(value, str):
-        for one in hidden:
-            value = value.replace(one, HIDDEN)
+        for secret in hidden:
+            value = value.replace(secret, HIDDEN)
         return visible(value)
     if isinstance(value, Mapping):
-        return {key: _clean(one, hidden) for key, one in value.items()}
+        return {key: _clean(part, hidden) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(one, hidden) for one in value]
+        return [_clean(part, hidden) for part in value]
     return value

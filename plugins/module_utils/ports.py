@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import Any, Iterator, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container
+from . import container
 
 # What listens on a container's port, by whether the engine has its userland proxy.
 _DOCKER = ("docker-proxy", "dockerd")

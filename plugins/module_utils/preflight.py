@@ -14,17 +14,10 @@ import re
 import shutil
 from typing import Any, Callable, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    advice,
-    compose,
-    container,
-    docker,
-    gpus,
-    ports,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.identity import CHECKS as IDENTITY
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.identity import Context
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.settings import forced
+from . import advice, compose, container, docker, gpus, ports
+from .identity import CHECKS as IDENTITY
+from .identity import Context
+from .settings import forced
 
 # vLLM's image takes about 10 GB compressed and 25 GB unpacked.
 IMAGE_BYTES = 25 * 10**9
@@ -41,9 +34,9 @@ def check_engine(_context: Context) -> str | None:
         info = {}
     found = info.get("ServerVersion")
     if not found:
-        said = "; ".join(info.get("ServerErrors") or []) or output.err or "no message"
+        message = "; ".join(info.get("ServerErrors") or []) or output.err or "no message"
         return (
-            f"`docker info` doesn't tell the engine's version: {said.rstrip('.')}. Check the Docker service "
+            f"`docker info` doesn't tell the engine's version: {message.rstrip('.')}. Check the Docker service "
             "(`systemctl status docker`), and run the play again."
         )
     if docker.is_older(found, docker.OLDEST_ENGINE):

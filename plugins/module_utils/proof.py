@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER
+from . import record
+from .container import CONTAINER
 
 
 def doubts(state: Mapping[str, Any]) -> list[str]:

@@ -16,9 +16,9 @@ import shutil
 import tempfile
 from typing import Any, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import atomic, trust
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.paths import PROVEN
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import atomic, trust
+from .paths import PROVEN
+from .shell import Problem
 
 RECORD = "record.json"
 # Which card the index meant, for the referee, which reads no JSON: `INDEX UUID`.

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from typing import Any, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker, gpus, paths, shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import docker, gpus, paths, shell
+from .container import CONTAINER
+from .shell import Problem
 
 # Causes of the referee that say "no card or engine to work with", not "no
 # server yet": nothing can be served before they are cured.

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, docker
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import container, docker
+from .shell import Problem
 
 # What docker may take beyond the container's own grace period; seconds.
 _STOPPING = 60

@@ -10,18 +10,9 @@ import shutil
 import time
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    atomic,
-    container,
-    docker,
-    engine,
-    gpus,
-    paths,
-    shell,
-    snapshot,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import CONTAINER, PROJECT_LABEL
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import atomic, container, docker, engine, gpus, paths, shell, snapshot
+from .container import CONTAINER, PROJECT_LABEL
+from .shell import Problem
 
 
 class Outcome(NamedTuple):
@@ -150,21 +141,27 @@ def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) 
 
 def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
     """Make the networks again that the change has removed."""
-    names = {one["Name"] for one in snapshot.networks([one["Name"] for one in kept["networks"]])}
-    for one in kept["networks"]:
-        if one["Name"] not in names:
-            engine.create_network(one)
-            done.restored.append(f"the network {one['Name']}")
+    names = {
+        network["Name"] for network in snapshot.networks([network["Name"] for network in kept["networks"]])
+    }
+    for network in kept["networks"]:
+        if network["Name"] not in names:
+            engine.create_network(network)
+            done.restored.append(f"the network {network['Name']}")
 
 
 def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
     """Remove the networks that the change has made for itself."""
-    before = {one["Name"] for one in kept["networks"]}
-    for one in snapshot.networks(used):
-        if one["Name"] not in before and PROJECT_LABEL in (one["Labels"] or {}) and not one["Containers"]:
+    before = {network["Name"] for network in kept["networks"]}
+    for network in snapshot.networks(used):
+        if (
+            network["Name"] not in before
+            and PROJECT_LABEL in (network["Labels"] or {})
+            and not network["Containers"]
+        ):
             with done.step():
-                docker.do("network", "rm", one["Id"])
-                done.removed.append(f"the network {one['Name']}")
+                docker.do("network", "rm", network["Id"])
+                done.removed.append(f"the network {network['Name']}")
 
 
 def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:

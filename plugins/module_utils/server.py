@@ -9,17 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    compare,
-    docker,
-    files,
-    identity,
-    proof,
-    record,
-    referee,
-    settings,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import compare, docker, files, identity, proof, record, referee, settings
+from .shell import Problem
 
 
 def begin(gpu_device_id: str | None, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -132,7 +123,7 @@ def find_problems(
     )
     checks = identity.CHECKS
     if changes:
-        from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight  # noqa: PLC0415
+        from . import preflight  # noqa: PLC0415
 
         checks = preflight.CHECKS
     context = identity.Context(state, service, options.get("force", []), options.get("training_gpus", []))

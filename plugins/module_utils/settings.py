@@ -13,8 +13,8 @@ import re
 import shlex
 from typing import Any, Iterator, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import outgoing
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import outgoing
+from .shell import Problem
 
 # The role's variable behind each key of .env that the role decides.
 VARIABLES: dict[str, str] = {
@@ -116,10 +116,10 @@ def env_keys(wanted: Mapping[str, Any]) -> dict[str, str]:
 
 def weak_secrets(wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yield a problem for each secret that can't be hidden without hiding something that the role needs."""
-    others = [str(one) for one in (wanted["project_dir"], *wanted["env"].values())]
+    others = [str(text) for text in (wanted["project_dir"], *wanted["env"].values())]
     for key, value in secrets(wanted).items():
         name = VARIABLES[key] if key in wanted["secrets"] else f"{key} of vllm_gpu_secret_env"
-        if value and (len(value) < SHORTEST_SECRET or any(value in one for one in others)):
+        if value and (len(value) < SHORTEST_SECRET or any(value in other for other in others)):
             yield (
                 f"{name} is shorter than {SHORTEST_SECRET} characters, or also appears in another setting (model, "
                 "image, path …), so that it can't be hidden. Give the right one; for an API key, a random one "
@@ -136,7 +136,7 @@ def words(extra_args: Any) -> list[str]:
                 f"vllm_gpu_extra_args is {json.dumps(found)}; it must be a list of texts and numbers, one word of "
                 "the command line an element, or one text. Write JSON and words such as true within quotes."
             )
-        return [str(one) for one in found]
+        return [str(word) for word in found]
     try:
         return shlex.split(extra_args)
     except ValueError as error:
@@ -264,7 +264,7 @@ def _check_server_env(wanted: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted({*plain} & {*secret}):
         yield f"{key} is in vllm_gpu_env and in vllm_gpu_secret_env. Keep one of them."
     for key, value in plain.items():
-        if any(len(one) >= SHORTEST_SECRET for one in outgoing.secret_values({key: value})):
+        if any(len(secret) >= SHORTEST_SECRET for secret in outgoing.secret_values({key: value})):
             yield f"vllm_gpu_env has {key}, which looks like a secret. Put it in vllm_gpu_secret_env."
     for variable, given in (("vllm_gpu_env", plain), ("vllm_gpu_secret_env", secret)):
         for key, value in given.items():

@@ -20,20 +20,12 @@ import stat
 import time
 from typing import Any, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    atomic,
-    container,
-    docker,
-    engine,
-    paths,
-    record,
-    trust,
-)
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import (
+from . import atomic, container, docker, engine, paths, record, trust
+from .container import (
     PROJECT,
     PROJECT_LABEL,
 )
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from .shell import Problem
 
 # Of what is kept; bytes. Each file in it has a limit of its own.
 _LARGEST = 16 << 20
@@ -208,7 +200,7 @@ def networks(names: Sequence[str] = ()) -> list[dict[str, Any]]:
         for row in (docker.ask(["network", "ls", "--no-trunc", "--format", form]) or "").splitlines()
     ]
     ids = [row[0] for row in rows if row[1] in names or row[2:] == [PROJECT]]
-    answers = (docker.ask(["network", "inspect", one]) for one in ids)
+    answers = (docker.ask(["network", "inspect", network]) for network in ids)
     return [network for answer in answers if answer for network in json.loads(answer)]
 
 

@@ -9,7 +9,7 @@ import shlex
 import stat
 from typing import NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from .shell import Problem
 
 # The largest file of the service that is read; they have some kilobytes.
 LARGEST = 1 << 20

@@ -146,7 +146,7 @@ def remove(module: AnsibleModule) -> tuple[list[str], list[str]]:
         leftovers.remove(own)
     ours_by_name = {paths.ENV_FILE, *map(os.path.basename, own)}
     others = sorted(set(os.listdir(directory)) - ours_by_name) if os.path.isdir(directory) else []
-    kept += users + [os.path.join(directory, one) for one in others]
+    kept += users + [os.path.join(directory, name) for name in others]
     if not check_mode:
         with contextlib.suppress(OSError):
             os.rmdir(directory)  # where nothing of the user's is in it
@@ -165,7 +165,7 @@ def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) 
     text += f"{(would + 'removed').capitalize()}: {', '.join(removed)}."
     if kept:
         text += f" {(would + 'kept').capitalize()}: {', '.join(dict.fromkeys(kept))}."
-    if any(one.startswith("volume ") for one in kept) and not would:
+    if any(name.startswith("volume ") for name in kept) and not would:
         text += " To remove a volume, too: docker volume rm NAME"
     return text
 

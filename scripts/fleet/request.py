@@ -21,7 +21,7 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.inventory.manager import InventoryManager, split_host_pattern
 from ansible.parsing.dataloader import DataLoader
-from ansible_collections.mlops.vllm_gpu.plugins.filter.waves import is_wave
+from ansible_collections.mlops.vllm_gpu.plugins.filter.fleet import is_wave
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.outgoing import SECRET_NAME
 
 from fleet.text import visible

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ansible_collections.mlops.vllm_gpu.plugins.filter.fleet import status_table, twins
 from ansible_collections.mlops.vllm_gpu.plugins.filter.passing_on import passing_on
-from ansible_collections.mlops.vllm_gpu.plugins.filter.status_table import status_table
-from ansible_collections.mlops.vllm_gpu.plugins.filter.twins import twins
 from ansible_collections.mlops.vllm_gpu.plugins.lookup.unknown_variables import unknown
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.advice import ADVICE, with_advice
 

@@ -243,7 +243,7 @@ def test_a_directory_that_the_role_never_wrote_to_is_not_its_own(tmp_path: Path)
     [
         (
             shell.Output(1, "", "could not select device driver"),
-            "It reported: could not select device driver",
+            "It reported: could not select device driver\n.*Install the NVIDIA Container Toolkit",
         ),
         (shell.Output(1, "said so", ""), "It reported: said so"),
         (shell.Output(1, "", ""), "nothing, with exit code 1"),

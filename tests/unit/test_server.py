@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    api,
     compare,
+    container,
     docker,
     identity,
     proof,
@@ -57,3 +61,53 @@ def test_values_that_are_refused_are_told_with_what_the_host_lacks(monkeypatch: 
     monkeypatch.setattr(compare, "read_files", lambda *_, **__: pytest.fail("asked"))
     state = server.read("1", wanted(project_dir="/nowhere", VLLM_PORT="0", extra_args="--port 1"))
     assert [one.split()[0] for one in state["problems"]] == ["vllm_gpu_port", "vllm_gpu_extra_args"]
+
+
+def raw_container(config_hash: str) -> dict[str, Any]:
+    """Return what the engine says of a container of the role's."""
+    return {
+        "Id": "c1",
+        "Name": "/vllm-server",
+        "Image": "sha256:1",
+        "State": {"Status": "running", "ExitCode": 0, "StartedAt": "2026-01-01T00:00:00Z"},
+        "Config": {
+            "Image": "vllm/vllm-openai:v1",
+            "Cmd": ["model"],
+            "Env": ["VLLM_API_KEY=k"],
+            "Labels": {
+                "com.docker.compose.config-hash": config_hash,
+                "com.docker.compose.project": "vllm-gpu",
+                "com.docker.compose.project.working_dir": "/opt/x",
+            },
+        },
+        "HostConfig": {
+            "PortBindings": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8000"}]},
+            "DeviceRequests": [{"DeviceIDs": ["0"]}],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("made_from", "error", "asked"),
+    [("known", None, 0), ("other", None, 1), ("known", "no answer", 1)],
+    ids=["right", "other settings", "in doubt"],
+)
+def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
+    monkeypatch: pytest.MonkeyPatch, made_from: str, error: str | None, asked: int
+) -> None:
+    resolved = {"image": "vllm/vllm-openai:v1", "command": ["model"], "volumes": []}
+    calls = []
+    monkeypatch.setattr(container, "inspect", lambda: raw_container(made_from))
+    monkeypatch.setattr(container, "image_id", lambda _: "sha256:1")
+    monkeypatch.setattr(compare, "resolve", lambda *_, **__: calls.append(1) or (resolved, "new"))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(api, "probe", lambda *_, **__: {"healthy": True, "models": [], "error": error})
+    state, _wanted = server.begin("0", wanted(project_dir="/opt/x"))
+    state.update(problems=[], gpu={"index": 0}, project="vllm-gpu")
+    state["referee"] = {"code": 0, "container_id": "c1", "processes": [1]}
+    service, config_hash = compare.read_service(
+        [], wanted(project_dir="/opt/x"), state, "known", as_installed=False
+    )
+    assert len(calls) == asked
+    assert ("volumes" in service) == bool(asked)  # which the checks before a change read
+    assert config_hash == ("new" if made_from == "other" else "known")
+    assert state["recreate"] == (made_from == "other")

@@ -1,43 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""The filter mlops.vllm_gpu.status_table."""
+"""Filters for plays over several hosts; only the playbooks and the role of this collection use them."""
 
 from __future__ import annotations
 
-DOCUMENTATION = r"""
-name: status_table
-short_description: Show what serves where, as a table
-description:
-  - A line for each host, with its GPU, and below it why its server isn't proven.
-author: vllm_gpu maintainers (@mlops)
-version_added: 0.3.0
-options:
-  _input:
-    description: Names of hosts.
-    type: list
-    elements: str
-    required: true
-  hostvars:
-    description: The variables of all hosts, with what M(mlops.vllm_gpu.server_info) read as C(__vllm_gpu_state).
-    type: dict
-    required: true
-"""
-
-EXAMPLES = r"""
-- name: Show what serves where
-  ansible.builtin.debug:
-    msg: "{{ ansible_play_hosts_all | mlops.vllm_gpu.status_table(hostvars) }}"
-  run_once: true
-"""
-
-RETURN = r"""
-_value:
-  description: The table.
-  type: str
-"""
-
+import json
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from ansible.errors import AnsibleFilterError
+
+# Ansible takes 0, and what is below it, for all hosts at once.
+_WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
+
+
+def is_wave(size: object) -> bool:
+    """Return whether Ansible takes it for the size of a wave as it is meant."""
+    return bool(_WAVE.fullmatch(str(size)))
+
+
+def waves(sizes: object) -> Sequence[object]:
+    """Return the sizes as they are, if each is one."""
+    if not isinstance(sizes, str) and isinstance(sizes, Sequence) and sizes and all(map(is_wave, sizes)):
+        return sizes
+    raise AnsibleFilterError(
+        f"vllm_gpu_waves is {json.dumps(sizes)}, but has to be a list of whole numbers from 1 to 999999 and of "
+        "percentages from 1% to 100%, such as [1, '10%', '50%']. No host was touched."
+    )
+
+
+def twins(hosts: Sequence[str], hostvars: Mapping[str, Any]) -> list[str]:
+    """Return the hosts whose first GPU is also another one's."""
+    machines = {host: hostvars[host]["__vllm_gpu_state"]["gpus"][0]["uuid"] for host in hosts}
+    counted = Counter(machines.values())
+    return [host for host in hosts if counted[machines[host]] > 1]
 
 
 class Row(NamedTuple):
@@ -98,8 +96,8 @@ def status_table(hosts: Sequence[str], hostvars: Mapping[str, Any]) -> str:
 
 
 class FilterModule:
-    """Ansible's way to name a filter."""
+    """Ansible's way to name filters."""
 
-    def filters(self) -> dict[str, Callable[..., str]]:
-        """Return the filter by its name."""
-        return {"status_table": status_table}
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return the filters by their names."""
+        return {"waves": waves, "twins": twins, "status_table": status_table}
