@@ -230,6 +230,7 @@ def test_lost_in_the_middle(feed: Feed) -> None:
     feed.play()
     feed.change("a")
     feed.task("a", "server_info", "unreachable", msg="gone")
+    assert feed.rollout.hosts["a"].phase == "verify"
     assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "untouched", "c": "untouched"}
     assert feed.rollout.outcome() == "failed"
 

@@ -11,6 +11,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     container,
     docker,
     identity,
+    preflight,
     proof,
     referee,
     server,
@@ -29,7 +30,12 @@ def test_only_what_two_looks_find_stands_in_the_way(
     monkeypatch.setattr(
         compare, "read_files", lambda *_, **__: proof.Judged({"command": ["m"]}, "hash", None)
     )
-    monkeypatch.setattr(identity, "problems", lambda *_: iter(finds.pop(0)))
+
+    def find(checks: list[Any], _context: object) -> list[str]:
+        assert checks == preflight.CHECKS
+        return finds.pop(0)
+
+    monkeypatch.setattr(identity, "problems", find)
     assert server.read("1", wanted(), preflight=True)["problems"] == problems
     assert finds == []
 
