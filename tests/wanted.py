@@ -26,7 +26,10 @@ def trusted(value: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
 
 @functools.cache
 def variables(part: str) -> dict[str, Any]:
-    return dict(yaml.safe_load((ROLE / part / "main.yml").read_text(encoding="utf-8")))
+    paths = sorted((ROLE / part).glob("**/*.yml"))
+    return {
+        key: one for path in paths for key, one in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    }
 
 
 def rendered(template: str, **changes: object) -> Any:  # noqa: ANN401

@@ -9,6 +9,7 @@ from typing import Any
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.advice import with_advice
 
 display = Display()
 
@@ -100,7 +101,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         started = time.monotonic()
         # Restarts of a container that was there before are old news.
         before = arguments.pop("before", None) or {}
-        said, said_at, ready_at = "", 0.0, 0.0
+        shown, shown_at, ready_at = "", 0.0, 0.0
         problems: list[str] = []
         while True:
             state = self._read(arguments, task_vars, interval)
@@ -127,14 +128,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]
                 tail = f"\nThe last lines of its log:{log}" if log else ""
                 # The message says it all; the whole state would bury it.
                 unproven = {"proven": False, "recorded": False, "elapsed": round(elapsed)}
-                return {**unproven, "failed": True, "msg": f"{host}: {reason}{tail}"}
+                return {**unproven, "failed": True, "msg": with_advice(f"{host}: {reason}{tail}")}
             now = state["doubts"][0]
-            if now != said or elapsed - said_at > _REMINDER:
+            if now != shown or elapsed - shown_at > _REMINDER:
                 # While it loads, its own words say more than that it doesn't answer yet.
                 words = state["log"][-1].strip() if state["log"] and not state["api"]["healthy"] else now
                 line = f"{host}: waiting: {elapsed:.0f} of up to {timeout} s: {words}"
                 # 79 is what Ansible takes for the width where there is no terminal.
                 width = display.columns if display.columns > 79 else 160
                 display.display(line if len(line) <= width else f"{line[: width - 1]}…")
-                said, said_at = now, elapsed
+                shown, shown_at = now, elapsed
             time.sleep(interval)

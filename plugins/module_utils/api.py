@@ -9,10 +9,10 @@ import ipaddress
 import json
 import socket
 import threading
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Mapping, NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import preflight
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import compose
+from .shell import Problem
 
 # For a whole answer, in seconds: a server that many clients fall upon at once may take some.
 DEADLINE = 10
@@ -29,7 +29,7 @@ class Address(NamedTuple):
     @property
     def url(self) -> str:
         """The address as a person types it."""
-        return "http://{0}:{1}".format("[" + self.host + "]" if ":" in self.host else self.host, self.port)
+        return f"http://{'[' + self.host + ']' if ':' in self.host else self.host}:{self.port}"
 
 
 def address(service: Mapping[str, Any]) -> Address:
@@ -41,13 +41,13 @@ def address(service: Mapping[str, Any]) -> Address:
     return Address(str(host), int(port["published"]))
 
 
-def served_names(service: Mapping[str, Any]) -> List[str]:
+def served_names(service: Mapping[str, Any]) -> list[str]:
     """Return the model names that the API must list, from the resolved command line."""
     command = [str(word) for word in service["command"]]
-    return preflight.option(command, "--served-model-name") or command[:1]
+    return compose.option(command, "--served-model-name") or command[:1]
 
 
-def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -> Tuple[int, bytes]:
+def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -> tuple[int, bytes]:
     """Return the status and the body of an answer that is whole within the deadline, and no longer than the limit.
 
     Speaks to the server itself, never through a proxy, and follows no redirection.
@@ -67,7 +67,7 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
     alarm = threading.Timer(deadline, hang_up)
     alarm.daemon = True
     alarm.start()
-    error: Optional[Exception] = None
+    error: Exception | None = None
     try:
         connection.request("GET", path, headers={"Authorization": "Bearer " + key} if key else {})
         answer = connection.getresponse()
@@ -78,15 +78,15 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
         alarm.cancel()
         connection.close()
     if late.is_set():
-        raise TimeoutError("no whole answer to {0} within {1} s".format(path, deadline))
+        raise TimeoutError(f"no whole answer to {path} within {deadline} s")
     if error:
         raise error
     if len(body) > _LIMIT:
-        raise Problem("{0} answers with more than {1} MiB".format(path, _LIMIT // 2**20))
+        raise Problem(f"{path} answers with more than {_LIMIT // 2**20} MiB")
     return answer.status, body
 
 
-def probe(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
+def probe(service: Mapping[str, Any], *, placed: bool) -> dict[str, Any]:
     """Return what the API says; `error` is None when every rung holds.
 
     The rungs: /health (the engine lives), and, once it is `placed`, /v1/models
@@ -95,28 +95,28 @@ def probe(service: Mapping[str, Any], *, placed: bool) -> Dict[str, Any]:
     """
     where = address(service)
     key = str((service.get("environment") or {}).get("VLLM_API_KEY") or "")
-    result: Dict[str, Any] = {"url": where.url, "healthy": False, "models": [], "error": None}
+    result: dict[str, Any] = {"url": where.url, "healthy": False, "models": [], "error": None}
     try:
         code, _body = _get(where, "/health")
         if code != 200:
-            raise Problem("/health answers {0}".format(code))
+            raise Problem(f"/health answers {code}")
         result["healthy"] = True
         if not placed:
             return dict(result, error="it answers, and is asked for its models once it is on its GPU")
         code, body = _get(where, "/v1/models", key)
         if code != 200:
-            raise Problem("/v1/models answers {0}{1}".format(code, " to the API key in .env" if key else ""))
+            raise Problem(f"/v1/models answers {code}{' to the API key in .env' if key else ''}")
         result["models"] = [str(model["id"]) for model in json.loads(body)["data"]]
         missing = [name for name in served_names(service) if name not in result["models"]]
         if missing:
-            raise Problem("it serves {0}, not {1}".format(", ".join(result["models"]), ", ".join(missing)))
+            raise Problem(f"it serves {', '.join(result['models'])}, not {', '.join(missing)}")
         if key and _get(where, "/v1/models")[0] == 200:
             raise Problem("/v1/models answers without the API key that .env sets")
     except Problem as problem:
         result["error"] = str(problem)
     except (OSError, http.client.HTTPException) as error:
         # Also where only /v1/models gave none: that says nothing about what is served.
-        result.update(healthy=False, error="no answer from {0} ({1})".format(where.url, error))
+        result.update(healthy=False, error=f"no answer from {where.url} ({error})")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        result["error"] = "/v1/models answers with no list of models ({0})".format(error)
+        result["error"] = f"/v1/models answers with no list of models ({error})"
     return result

@@ -3,26 +3,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Set
+from typing import Any, Iterator, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import settings, shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import docker, settings
+from .advice import with_advice
+from .paths import COMPOSE_FILE, ENV_FILE
+from .shell import Problem
 
-COMPOSE_FILE = "docker-compose.serving.yml"
-ENV_FILE = ".env"
 SERVICE = "vllm"
 # What the docker command needs of the user's environment: nothing that a compose file could name,
 # so that .env alone decides.
 _NEEDED = ("PATH", "HOME", "DOCKER_CONFIG", "XDG_RUNTIME_DIR", "TMPDIR")
+# How long Compose may take to end once it was told to; seconds.
+_ENDING = 15
 
 
-def environment() -> Dict[str, str]:
-    """Return the environment that Compose is called with."""
+def _environment() -> dict[str, str]:
     return {key: os.environ[key] for key in _NEEDED if key in os.environ}
+
+
+def _command(project: str, project_dir: str, compose_file: str, env_file: str) -> list[str]:
+    project_options = ["--project-name", project, "--project-directory", project_dir]
+    return ["compose", "--ansi", "never", *project_options, "--file", compose_file, "--env-file", env_file]
 
 
 def _memory_file(content: bytes) -> int:
@@ -36,20 +43,19 @@ def _config(files: Mapping[str, bytes], project_dir: str, project: str, *options
     """Return what `docker compose config` prints. The files need not be on the host yet: it reads them from memory."""
     descriptors = [_memory_file(files[COMPOSE_FILE]), _memory_file(files[ENV_FILE])]
     try:
-        paths = ["/proc/{0}/fd/{1}".format(os.getpid(), descriptor) for descriptor in descriptors]
-        base = ["docker", "compose", "--project-name", project, "--project-directory", project_dir]
-        base += ["--file", paths[0], "--env-file", paths[1], "config"]
-        output = shell.run([*base, *options], env=environment())
+        paths = [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors]
+        command = [*_command(project, project_dir, *paths), "config", *options]
+        output = docker.run(command, env=_environment())
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     if output.code != 0:
-        said = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
-        raise Problem(explain(said, project_dir))
+        message = output.err.replace(paths[0], COMPOSE_FILE).replace(paths[1], ENV_FILE)
+        raise Problem(explain(message, project_dir))
     return output.out
 
 
-def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> Dict[str, Any]:
+def resolve(files: Mapping[str, bytes], project_dir: str, project: str) -> dict[str, Any]:
     """Return the service as Compose itself resolves it."""
     printed = _config(files, project_dir, project, "--format", "json")
     # It is meant to be read by Compose again: each $ is doubled.
@@ -64,42 +70,65 @@ def config_hash(files: Mapping[str, bytes], project_dir: str, project: str) -> s
     return _config(files, project_dir, project, "--hash", SERVICE).split()[-1]
 
 
-def passed_on(compose_file: bytes) -> Set[str]:
+def up(project: str, project_dir: str, *, always: bool, timeout: int) -> None:
+    """Bring the server up as the files in `project_dir` describe it; Problem, with Compose's message, where that fails."""
+    command = _command(
+        project, project_dir, *(os.path.join(project_dir, name) for name in (COMPOSE_FILE, ENV_FILE))
+    )
+    # Options that the oldest Compose has.
+    command += ["up", "--detach", "--no-color", "--quiet-pull", "--pull", "never"]
+    command += ["--force-recreate"] if always else []
+    output = docker.run(command, env=_environment(), timeout=timeout, ending=_ENDING)
+    if output.code in (None, 124, 137):
+        raise Problem(
+            f"Docker Compose did not bring the server of {project_dir} up within {timeout} s, and was stopped. Check "
+            "the Docker service (`systemctl status docker`, `journalctl -u docker`), and run the play again. Its "
+            f"output: {output.err or 'none'}"
+        )
+    if output.code != 0:
+        message = output.err or output.out.strip() or f"nothing, with exit code {output.code}"
+        raise Problem(
+            with_advice(
+                f"Docker Compose could not bring the server of {project_dir} up. It reported: {message}"
+            )
+        )
+
+
+def passed_on(compose_file: bytes) -> set[str]:
     """Return the names of the variables that a compose file gives to the server as `.env` has them."""
     block = re.search(rb"^    environment:\n((?: {6}.*\n)*)", compose_file, re.MULTILINE)
     names = re.findall(rb"^ {6}(\w+):[ \t]*$", block.group(1), re.MULTILINE) if block else []
     return {name.decode() for name in names}
 
 
-def named(compose_file: bytes) -> Set[str]:
+def named(compose_file: bytes) -> set[str]:
     """Return the keys of `.env` that a compose file uses at all."""
     used = re.findall(rb"\$\{(\w+)", compose_file)
     return passed_on(compose_file) | {name.decode() for name in used}
 
 
-def explain(said: str, project_dir: str) -> str:
+def explain(message: str, project_dir: str) -> str:
     """Return why Compose refused, with the cure where the cause was recognised."""
-    if re.search("is not a docker command|unknown shorthand flag|unknown flag", said):
+    if re.search("is not a docker command|unknown shorthand flag|unknown flag", message):
         return (
             "Docker has no Compose plugin here (`docker compose version` fails). Install the package "
-            "docker-compose-plugin, docker-compose-v2 or docker-compose of your distribution, 2.18 or newer."
+            "docker-compose-plugin, docker-compose-v2 or docker-compose of your distribution, "
+            f"{docker.OLDEST_COMPOSE} or newer."
         )
-    volume = re.search(r"undefined volume ([\w.-]+)", said)
+    volume = re.search(r"undefined volume ([\w.-]+)", message)
     if volume:
         return (
-            "{0} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, vllm_gpu_compile_cache "
-            "and vllm_gpu_models as absolute paths, or leave their defaults.".format(volume.group(1))
+            f"{volume.group(1)} is neither a path nor one of the service's volumes. Give vllm_gpu_hf_cache, "
+            "vllm_gpu_compile_cache and vllm_gpu_models as absolute paths, or leave their defaults."
         )
     # What follows is a text of `.env`.
-    said = re.sub(r"(is missing a value:).*", r"\1 (hidden)", said)
+    message = re.sub(r"(is missing a value:).*", r"\1 (hidden)", message)
     cure = ""
-    if re.search(r"invalid (interpolation|template)", said, re.IGNORECASE):
+    if re.search(r"invalid (interpolation|template)", message, re.IGNORECASE):
         cure = " A value with a $ needs single quotes."
-    if "invalid command line string" in said:
+    if "invalid command line string" in message:
         cure = " Give vllm_gpu_extra_args as a list, one word an element, and the model without quotes."
-    return "Compose can't use the configuration for {0}: {1}{2}".format(
-        project_dir, said or "no message", cure
-    )
+    return f"Compose can't use the configuration for {project_dir}: {message or 'no message'}{cure}"
 
 
 # Where a path or a volume is mounted, by its key in .env.
@@ -110,7 +139,7 @@ _MOUNTS = {
 }
 
 
-def command(wanted: Mapping[str, Any]) -> List[str]:
+def command(wanted: Mapping[str, Any]) -> list[str]:
     """Return the words that vLLM is to be started with."""
     env, extra_args = wanted["env"], settings.words(wanted["extra_args"])
     return [
@@ -122,31 +151,53 @@ def command(wanted: Mapping[str, Any]) -> List[str]:
 def contradictions(service: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yield where the resolved service is not what was requested, for example as a value held a quote."""
     env = wanted["env"]
-    words, requested = [str(one) for one in service.get("command") or []], command(wanted)
+    words, requested = [str(word) for word in service.get("command") or []], command(wanted)
     if words != requested:
         yield (
-            "vLLM would be started with the arguments {0}, not with {1}: Compose splits vllm_gpu_extra_args and "
-            "vllm_gpu_model otherwise. Give vllm_gpu_extra_args as a list, one word an element, and the model "
-            "without quotes.".format(shlex.join(words), shlex.join(requested))
+            f"vLLM would be started with the arguments {shlex.join(words)}, not with {shlex.join(requested)}: "
+            "Compose splits vllm_gpu_extra_args and vllm_gpu_model otherwise. Give vllm_gpu_extra_args as a list, "
+            "one word an element, and the model without quotes."
         )
     if service.get("image") != env["VLLM_IMAGE"]:
-        yield "The image would be {0}, not {1}. Correct vllm_gpu_image.".format(
-            service.get("image"), env["VLLM_IMAGE"]
-        )
+        yield f"The image would be {service.get('image')}, not {env['VLLM_IMAGE']}. Correct vllm_gpu_image."
     port = (service.get("ports") or [{}])[0]
     found = (str(port.get("host_ip")), str(port.get("published")), port.get("target"))
     if found != (env["VLLM_BIND_ADDRESS"].strip("[]"), env["VLLM_PORT"], 8000):
         yield (
-            "The API would be published on {0}:{1}, not on {2}:{3}. Correct vllm_gpu_bind_address and "
-            "vllm_gpu_port.".format(*found[:2], env["VLLM_BIND_ADDRESS"], env["VLLM_PORT"])
+            f"The API would be published on {found[0]}:{found[1]}, not on {env['VLLM_BIND_ADDRESS']}:{env['VLLM_PORT']}. "
+            "Correct vllm_gpu_bind_address and vllm_gpu_port."
         )
-    mounts = {str(one.get("target")): str(one.get("source")) for one in service.get("volumes") or []}
+    mounts = {str(mount.get("target")): str(mount.get("source")) for mount in service.get("volumes") or []}
     for key, target in _MOUNTS.items():
         if os.path.normpath(mounts.get(target, "")) != os.path.normpath(env[key]):
-            yield "{0} would be mounted at {1}, not {2}. Correct the path that {3} has.".format(
-                mounts.get(target, "Nothing"), target, env[key], key
+            yield (
+                f"{mounts.get(target, 'Nothing')} would be mounted at {target}, not {env[key]}. Correct the path "
+                f"that {key} has."
             )
     environment_of = service.get("environment") or {}
     for key, value in {**wanted["server_env"], **settings.secrets(wanted)}.items():
         if str(environment_of.get(key) or "") != str(value):
-            yield "{0} would not reach the server as it was given. Use a value of one line.".format(key)
+            yield f"{key} would not reach the server as it was given. Use a value of one line."
+
+
+def check_service(service: Mapping[str, Any]) -> None:
+    """Raise Problem for a service that this role's compose file can't have made."""
+    ports = service.get("ports") or [{}]
+    if not service.get("command") or not str(ports[0].get("published", "")).isdigit():
+        raise Problem(
+            f"{COMPOSE_FILE} has been edited by hand: its service {SERVICE} has no command, or publishes "
+            "no port. serve.yml writes its own again."
+        )
+
+
+def option(command: Sequence[str], name: str) -> list[str]:
+    """Return what an option of vLLM is given, the last time; its parser takes `_` for `-`, too."""
+    values: list[str] = []
+    for position, word in enumerate(command):
+        head, is_pair, value = word.partition("=")
+        if head.replace("_", "-") == name:
+            following = itertools.takewhile(
+                lambda text: not re.match("-[A-Za-z-]", text), command[position + 1 :]
+            )
+            values = [value] if is_pair else list(following)
+    return values

@@ -4,72 +4,46 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import shell
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import docker
+from .shell import Problem
 
 CONTAINER = "vllm-server"
+# While Compose recreates a container it has an interim name: the old id before its own.
+_OWN_NAME = "([0-9a-f]+_)?" + CONTAINER
 # The Compose project, and the one that it had until 0.2: `vllm` is every folder's of that name.
 PROJECT, EARLIER_PROJECT = "vllm-gpu", "vllm"
-# While Compose recreates a container it has an interim name: the old id before its own.
-OWN_NAME = re.compile(r"([0-9a-f]+_)?vllm-server\Z")
+# The labels by which Compose knows its own.
+PROJECT_LABEL = "com.docker.compose.project"
+_DIRECTORY_LABEL = PROJECT_LABEL + ".working_dir"
+_HASH_LABEL = "com.docker.compose.config-hash"
+_NUMBER_LABEL = "com.docker.compose.container-number"
 
 _OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
-_ABSENT = re.compile(r"no such (container|image|object|network|volume)", re.IGNORECASE)
-_AWAY = re.compile(
-    r"cannot connect to the docker daemon|failed to connect to the docker api|error during connect|"
-    r"connection refused|connection reset|unexpected eof|is the docker daemon running",
-    re.IGNORECASE,
-)
 
 
-class Unanswered(Problem):
-    """The engine gave no answer, which says nothing about what is there; it may be restarting."""
-
-
-def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> Optional[str]:
-    """Return what a docker command prints, or None where the engine says that there is no such thing.
-
-    Raises Unanswered where the engine can't be reached or is too slow, and Problem,
-    with docker's own words, for every other failure: neither means "no".
-    """
-    output = shell.run(["docker", *argv], timeout=timeout)
-    if output.code == 0:
-        return output.out
-    if output.code is None:
-        raise Unanswered(
-            "`docker {0}` gave {1}. Check the Docker service (`systemctl status docker`, `journalctl -u docker`), and "
-            "run the play again.".format(argv[0], output.err)
-        )
-    if _AWAY.search(output.err):
-        raise Unanswered(
-            "The Docker Engine can't be reached: {0} Check the Docker service (`systemctl status docker`), and run "
-            "the play again.".format(output.err)
-        )
-    if _ABSENT.search(output.err):
-        return None
-    raise Problem(
-        "`docker {0}` failed with exit code {1}: {2}".format(
-            " ".join(argv[:4]), output.code, output.err or "no message"
-        )
-    )
-
-
-def inspect(name: str = CONTAINER) -> Optional[Dict[str, Any]]:
+def inspect(name: str = CONTAINER) -> dict[str, Any] | None:
     """Return all that the engine knows of a container, or None. Its environment holds secrets."""
-    answer = ask(["inspect", "--type", "container", name])
+    answer = docker.ask(["inspect", "--type", "container", name])
     return dict(json.loads(answer)[0]) if answer is not None else None
 
 
-def environment(raw: Optional[Mapping[str, Any]]) -> Dict[str, str]:
+def find() -> list[dict[str, Any]]:
+    """Describe the containers with the server's name, running or not: none, one, or two while Compose recreates it."""
+    ids = docker.ask(["ps", "--all", "--quiet", "--no-trunc", "--filter", f"name=^/?{_OWN_NAME}$"]) or ""
+    return [describe(raw) for raw in map(inspect, ids.split()) if raw]
+
+
+def environment(raw: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the environment that a container was made with."""
-    pairs = (one.partition("=") for one in ((raw or {}).get("Config") or {}).get("Env") or [])
+    pairs = (pair.partition("=") for pair in ((raw or {}).get("Config") or {}).get("Env") or [])
     return {key: value for key, _is, value in pairs}
 
 
-def describe(raw: Mapping[str, Any]) -> Dict[str, Any]:
+def describe(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the role needs to know of a container: nothing of its environment."""
     state, host = raw["State"], raw["HostConfig"]
     labels = raw["Config"].get("Labels") or {}
@@ -77,6 +51,7 @@ def describe(raw: Mapping[str, Any]) -> Dict[str, Any]:
     last_check = (health.get("Log") or [{}])[-1]
     return {
         "id": raw["Id"],
+        "name": raw["Name"].lstrip("/"),
         "status": state["Status"],
         "exit_code": state["ExitCode"],
         "error": state.get("Error", ""),
@@ -90,53 +65,92 @@ def describe(raw: Mapping[str, Any]) -> Dict[str, Any]:
         "image": raw["Config"]["Image"],
         "image_id": raw["Image"],
         "stop_timeout": raw["Config"].get("StopTimeout") or 10,
-        "project": labels.get("com.docker.compose.project"),
-        "project_dir": labels.get("com.docker.compose.project.working_dir"),
-        "config_hash": labels.get("com.docker.compose.config-hash"),
+        # A container that Compose doesn't know for its own blocks the name.
+        "composed": _NUMBER_LABEL in labels,
+        "project": labels.get(PROJECT_LABEL),
+        "project_dir": labels.get(_DIRECTORY_LABEL),
+        "config_hash": labels.get(_HASH_LABEL),
         "requested": [
-            str(one) for request in host.get("DeviceRequests") or [] for one in request.get("DeviceIDs") or []
+            str(gpu) for request in host.get("DeviceRequests") or [] for gpu in request.get("DeviceIDs") or []
         ],
+        "storage": [
+            "volume " + mount["Name"] if mount["Type"] == "volume" else mount["Source"]
+            for mount in raw.get("Mounts") or []
+        ],
+        "networks": list((raw.get("NetworkSettings") or {}).get("Networks") or {}),
     }
 
 
-def bindings(host_config: Mapping[str, Any]) -> List[Dict[str, Any]]:
+def bindings(host_config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the addresses and ports of the host that a container was told to listen on."""
     return [
-        {"address": address, "port": int(one["HostPort"])}
+        {"address": address, "port": int(binding["HostPort"])}
         for bound in (host_config.get("PortBindings") or {}).values()
-        for one in bound or []
-        if str(one.get("HostPort", "")).isdigit()
-        for address in ([one["HostIp"]] if one.get("HostIp") else ["0.0.0.0", "::"])  # noqa: S104 - Docker's default
+        for binding in bound or []
+        if str(binding.get("HostPort", "")).isdigit()
+        for address in ([binding["HostIp"]] if binding.get("HostIp") else ["0.0.0.0", "::"])  # noqa: S104 - Docker's default
     ]
 
 
-def made_from(raw: Mapping[str, Any]) -> Dict[str, Any]:
+def made_from(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a container's settings in the form in which Compose resolves a service."""
     return {
         "image": raw["Config"]["Image"],
         "command": list(raw["Config"].get("Cmd") or []),
         "environment": environment(raw),
         "ports": [
-            {"host_ip": one["address"], "published": str(one["port"])} for one in bindings(raw["HostConfig"])
+            {"host_ip": bound["address"], "published": str(bound["port"])}
+            for bound in bindings(raw["HostConfig"])
         ],
     }
 
 
-def image_id(image: str) -> Optional[str]:
+def image_id(image: str) -> str | None:
     """Return the id of an image that the engine has, or None where it would be pulled."""
-    answer = ask(["image", "inspect", "--format", "{{.Id}}", image])
+    answer = docker.ask(["image", "inspect", "--format", "{{.Id}}", image])
     return answer.strip() if answer is not None else None
 
 
-def names(*filters: str) -> List[str]:
-    """Return the names of the containers, running or not, that all `filters` of `docker ps` hold for."""
-    words = [word for one in filters for word in ("--filter", one)]
-    return (ask(["ps", "--all", *words, "--format", "{{.Names}}"]) or "").split()
+def others(*filters: str) -> list[str]:
+    """Return the names of the containers, other than the server's, that all `filters` of `docker ps` hold for."""
+    words = [word for text in filters for word in ("--filter", text)]
+    names = (docker.ask(["ps", "--all", *words, "--format", "{{.Names}}"]) or "").split()
+    return [name for name in names if not re.fullmatch(_OWN_NAME, name)]
 
 
-def log_tail(count: int) -> List[str]:
+def log_tail(count: int) -> list[str]:
     """Return the last lines of the server's log, both streams."""
-    output = shell.run(["docker", "logs", "--tail", str(10 * count), CONTAINER])
+    output = docker.run(["logs", "--tail", str(10 * count), CONTAINER])
     lines = (output.out + "\n" + output.err).splitlines()
     # The role's own requests are no news.
     return [line for line in lines if line.strip() and not _OWN_REQUESTS.search(line)][-count:]
+
+
+def check_owner(containers: Iterable[Mapping[str, Any]], project_dir: str) -> None:
+    """Raise Problem for a container that the role did not start from `project_dir`."""
+    for found in containers:
+        cure = f"docker rm -f {found['name']}"
+        if found["project"] is None:
+            owner = "It belongs to no Compose project."
+        elif found["project"] not in (PROJECT, EARLIER_PROJECT):
+            owner = f"It belongs to the Compose project {found['project']}, which was started from {found['project_dir']}."
+        elif os.path.realpath(found["project_dir"] or "/") != os.path.realpath(project_dir):
+            owner = f"It was started from {found['project_dir']}, not from {project_dir}."
+            cure = f"ansible-playbook playbooks/teardown.yml -e vllm_gpu_project_dir={found['project_dir']}"
+        else:
+            continue
+        raise Problem(
+            f"The container {found['name']} on this host is not the server of {project_dir}. {owner} Nothing was "
+            f"stopped or removed. If nobody needs it any more, remove it: {cure}"
+        )
+
+
+def check_judged(found: Mapping[str, Any] | None, judged: str | None) -> None:
+    """Raise Problem for a container that isn't the one that the referee has just `judged`, and for a frozen one."""
+    if judged and (found is None or found["id"] != judged):
+        raise Problem(
+            f"The container {CONTAINER} was replaced or removed while it was being checked: another program is "
+            "changing it, or the Docker Engine is stopping. Run the play again."
+        )
+    if found and found["status"] == "paused":
+        raise Problem(f"The container {CONTAINER} is paused. Let it go on with: docker unpause {CONTAINER}")

@@ -10,7 +10,7 @@ encoding and any line ending.
 from __future__ import annotations
 
 import re
-from typing import Container, Dict, Iterator, List, Mapping, NamedTuple, Optional
+from typing import Container, Iterator, Mapping, NamedTuple
 
 # Compose allows `export KEY=value`, spaces around `=`, and `KEY: value`.
 _ASSIGNMENT = re.compile(
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
     text: bytes
     ending: bytes
-    key: Optional[str]
+    key: str | None
     head: bytes
     value: bytes
 
@@ -45,7 +45,7 @@ def lines(content: bytes) -> Iterator[Line]:
     """Yield the logical lines of a `.env`; joined, they are `content` again."""
     # Not splitlines(): that also splits at form feeds and separators, which
     # may stand inside a value.
-    physical: List[bytes] = re.findall(rb"[^\n]*\n|[^\n]+\Z", content)
+    physical: list[bytes] = re.findall(rb"[^\n]*\n|[^\n]+\Z", content)
     while physical:
         raw = physical.pop(0)
         match = _ASSIGNMENT.match(raw)
@@ -68,7 +68,7 @@ def lines(content: bytes) -> Iterator[Line]:
             yield Line(text, ending, None, b"", b"")
 
 
-def literal(value: bytes) -> Optional[str]:
+def literal(value: bytes) -> str | None:
     """Return the text that `value` stands for, or None if it isn't that simple.
 
     None (interpolation, escapes, undecodable bytes, text after a closing
@@ -107,12 +107,12 @@ def quoted(value: str) -> str:
     return '"' + escaped + '"'
 
 
-def values(content: bytes) -> Dict[str, Optional[str]]:
+def values(content: bytes) -> dict[str, str | None]:
     """Return what each key's deciding (last) line says; None where not simple."""
     return {line.key: literal(line.value) for line in lines(content) if line.key}
 
 
-def texts(content: bytes) -> Dict[str, str]:
+def texts(content: bytes) -> dict[str, str]:
     """Return what each key's last line says, for people: as it is written where that is not simple."""
     found = {}
     for line in lines(content):
@@ -142,7 +142,7 @@ def merge(content: bytes, wanted: Mapping[str, str]) -> bytes:
     parsed = list(lines(content))
     for line in parsed:
         if _unclosed(line.value):
-            raise ValueError("the quote after {0}= is never closed".format(line.key))
+            raise ValueError(f"the quote after {line.key}= is never closed")
     last = {line.key: number for number, line in enumerate(parsed) if line.key}
     newline = b"\r\n" if any(line.ending == b"\r\n" for line in parsed[:1]) else b"\n"
     added = b""
@@ -150,7 +150,7 @@ def merge(content: bytes, wanted: Mapping[str, str]) -> bytes:
         try:
             text = quoted(value).encode()
         except (ValueError, UnicodeEncodeError) as error:
-            raise ValueError("{0} can't be written to .env: {1}".format(key, error)) from error
+            raise ValueError(f"{key} can't be written to .env: {error}") from error
         if key not in last:
             added += key.encode() + b"=" + text + newline
             continue

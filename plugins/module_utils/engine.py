@@ -7,10 +7,10 @@ import http.client
 import json
 import socket
 import urllib.parse
-from typing import Any, Dict, Mapping
+from typing import Any, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import Unanswered
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import TIMEOUT, Problem
+from .docker import Unanswered
+from .shell import TIMEOUT, Problem
 
 SOCKET = "/var/run/docker.sock"
 # Of an answer; bytes.
@@ -33,9 +33,8 @@ def post(path: str, body: Mapping[str, Any]) -> Any:
         text = answer.read(_LARGEST).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as error:
         raise Unanswered(
-            "The Docker Engine gave no answer at {0} ({1}). Check the Docker service: systemctl status docker".format(
-                SOCKET, error or type(error).__name__
-            )
+            f"The Docker Engine gave no answer at {SOCKET} ({error or type(error).__name__}). Check the Docker "
+            "service: systemctl status docker"
         ) from error
     finally:
         connection.close()
@@ -44,26 +43,26 @@ def post(path: str, body: Mapping[str, Any]) -> Any:
     except ValueError:
         content = {}
     if answer.status >= http.client.BAD_REQUEST:
-        raise Problem(
-            "The Docker Engine refused POST {0}: {1}".format(path, content.get("message") or text.strip())
-        )
+        raise Problem(f"The Docker Engine refused POST {path}: {content.get('message') or text.strip()}")
     return content
 
 
-def networks_of(container: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
+def networks_of(container: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return how a container was attached to each of its networks, without what the engine chose itself."""
     attached = {}
-    for name, one in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
+    for name, attachment in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
         endpoint = {
-            key: one[key] for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority") if one.get(key)
+            key: attachment[key]
+            for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority")
+            if attachment.get(key)
         }
         # Engines before 25 list the container's own short id here.
-        aliases = [alias for alias in one.get("Aliases") or [] if alias != container["Id"][:12]]
+        aliases = [alias for alias in attachment.get("Aliases") or [] if alias != container["Id"][:12]]
         attached[name] = dict(endpoint, Aliases=aliases) if aliases else endpoint
     return attached
 
 
-def creation(container: Mapping[str, Any], image: str) -> Dict[str, Any]:
+def creation(container: Mapping[str, Any], image: str) -> dict[str, Any]:
     """Return what creates a container like the inspected one, from `image`, on its main network.
 
     Volumes without a name of their own are mounted by the one that the engine gave them.
@@ -80,7 +79,7 @@ def creation(container: Mapping[str, Any], image: str) -> Dict[str, Any]:
         host["Mounts"] = mounts
     named.update(mount["Target"] for mount in mounts)
     anonymous = [
-        "{0}:{1}:{2}".format(mount["Name"], mount["Destination"], "rw" if mount.get("RW", True) else "ro")
+        f"{mount['Name']}:{mount['Destination']}:{'rw' if mount.get('RW', True) else 'ro'}"
         for mount in container.get("Mounts") or []
         if mount.get("Type") == "volume" and mount["Destination"] not in named
     ]
@@ -96,7 +95,7 @@ def create(container: Mapping[str, Any], name: str, image: str) -> str:
     for network, endpoint in networks_of(container).items():
         if network not in (container["HostConfig"].get("NetworkMode"), "bridge", "host", "none"):
             body = {"Container": made, "EndpointConfig": endpoint}
-            post("/networks/{0}/connect".format(urllib.parse.quote(network, safe="")), body)
+            post(f"/networks/{urllib.parse.quote(network, safe='')}/connect", body)
     return made
 
 

@@ -6,24 +6,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from typing import List
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
+from . import atomic, paths
 
-# As record.write_whole() names a file until it is whole.
-_TEMPORARY = re.compile(r"\.vllm_gpu\.[a-z0-9_]{8}\Z")
+# As atomic.write() names a file until it is whole.
+_TEMPORARY = re.compile(re.escape(atomic.TEMPORARY) + r"[a-z0-9_]{8}\Z")
 # A copy that earlier versions of acceptance.yml made.
-_KEPT = record.KEEP + ".kept"
-_LINKS = ("current", "previous")
+_KEPT = paths.PROVEN + ".kept"
 
 
-def _names(directory: str) -> List[str]:
+def _names(directory: str) -> list[str]:
     return sorted(os.listdir(directory)) if os.path.isdir(directory) else []
 
 
-def leftovers(project_dir: str) -> List[str]:
+def leftovers(project_dir: str) -> list[str]:
     """Return the paths of what killed plays have left there; what is proven, or the user's, is not among them."""
-    keep = os.path.join(project_dir, record.KEEP)
+    proven = os.path.join(project_dir, paths.PROVEN)
     found = [
         os.path.join(project_dir, name)
         for name in _names(project_dir)
@@ -34,25 +32,25 @@ def leftovers(project_dir: str) -> List[str]:
         path = os.path.join(project_dir, name)
         if os.path.islink(path) and not os.path.isdir(path):
             there = os.path.dirname(os.path.realpath(path))
-            found += [os.path.join(there, one) for one in _names(there) if _TEMPORARY.match(one)]
-    links = [os.path.join(keep, name) for name in _LINKS]
+            found += [os.path.join(there, other) for other in _names(there) if _TEMPORARY.match(other)]
+    links = [os.path.join(proven, name) for name in paths.LINKS]
     used = {os.readlink(link) for link in links if os.path.islink(link)}
-    for name in _names(keep):
-        path = os.path.join(keep, name)
+    for name in _names(proven):
+        path = os.path.join(proven, name)
         if name in used:
-            found += [os.path.join(path, one) for one in _names(path) if _TEMPORARY.match(one)]
+            found += [os.path.join(path, part) for part in _names(path) if _TEMPORARY.match(part)]
         elif name.startswith("state.") or name.endswith(".new") or _TEMPORARY.match(name):
             found.append(path)
     return found
 
 
-def interrupted(project_dir: str) -> List[str]:
+def interrupted(project_dir: str) -> list[str]:
     """Return the leftovers, and what a change that never ended has kept: the end of the next one removes that."""
-    before = os.path.join(project_dir, record.KEEP, record.BEFORE)
+    before = os.path.join(project_dir, paths.PROVEN, paths.BEFORE)
     return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
 
 
-def remove(paths: List[str]) -> None:
+def remove(paths: list[str]) -> None:
     """Remove files, links and directories; one that is gone already is no error."""
     for path in paths:
         if os.path.isdir(path) and not os.path.islink(path):

@@ -15,16 +15,16 @@ import fcntl
 import json
 import os
 import time
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from .shell import Problem
 
 PATH = "/run/vllm_gpu.lock"
 # How long a lease lasts after a step, and, while the play only waits and renews it with every
 # read, how long after that: longer than a read of a slow host, yet short, so that a killed play
 # is soon forgotten. Seconds.
-STEP = 90
-RENEWAL = 45
+LEASE = 90
+WAITING_LEASE = 45
 # How long to wait for the flock: for others' reads and writes of the lease, which take no time,
 # and for a step of this very play that goes on although its connection was lost. Seconds.
 _MOMENT = 5
@@ -36,7 +36,7 @@ _SIZE = 1024
 class _Busy(Exception):  # noqa: N818 - no error: a step is going on
     """The flock is held by a step that changes something; `lease` is what it was begun with."""
 
-    def __init__(self, lease: Dict[str, Any]) -> None:
+    def __init__(self, lease: dict[str, Any]) -> None:
         super().__init__()
         self.lease = lease
 
@@ -50,7 +50,7 @@ def _hold(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(wait: float, run: Optional[str] = None) -> Iterator[int]:
+def _opened(wait: float, run: str | None = None) -> Iterator[int]:
     """Open the file and hold its flock; raise _Busy after `wait` seconds, or once the lease isn't that of `run`."""
     descriptor = os.open(PATH, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -66,19 +66,19 @@ def _opened(wait: float, run: Optional[str] = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read(descriptor: int) -> Dict[str, Any]:
+def _read(descriptor: int) -> dict[str, Any]:
     try:
         return dict(json.loads(os.pread(descriptor, _SIZE, 0)))
     except (ValueError, TypeError):
         return {}
 
 
-def _write(descriptor: int, lease: Dict[str, Any]) -> None:
+def _write(descriptor: int, lease: dict[str, Any]) -> None:
     # One write of one size: a reader without the flock never sees a part.
     os.pwrite(descriptor, json.dumps(lease).encode().ljust(_SIZE), 0)
 
 
-def take(run: str, who: str, *, again: bool = False) -> Optional[Dict[str, Any]]:
+def take(run: str, who: str, *, again: bool = False) -> dict[str, Any] | None:
     """Take the lock for `run`, or return the lease of the play that holds it.
 
     With `again`, also return that of one that has had it since `run` had it, though it has
@@ -90,13 +90,13 @@ def take(run: str, who: str, *, again: bool = False) -> Optional[Dict[str, Any]]
             lease, now = _read(descriptor), time.monotonic()
             if lease.get("run", run) != run and (again or lease.get("until", 0) > now):
                 return lease
-            _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + STEP})
+            _write(descriptor, {"run": run, "who": who, "renewed": now, "until": now + LEASE})
             return None
     except _Busy as busy:
         return busy.lease
 
 
-def renew(run: str, seconds: int = RENEWAL) -> bool:
+def renew(run: str, seconds: int = WAITING_LEASE) -> bool:
     """Let the lease of `run` last from now on; False when another play has taken it."""
     try:
         with _opened(_MOMENT) as descriptor:
@@ -111,7 +111,7 @@ def renew(run: str, seconds: int = RENEWAL) -> bool:
 
 
 @contextlib.contextmanager
-def holding(run: Optional[str], seconds: int = STEP) -> Iterator[None]:
+def holding(run: str | None, seconds: int = LEASE) -> Iterator[None]:
     """Keep every other play out for as long as the block runs; without a `run`, do nothing.
 
     The lease is checked and the change made under one hold of the flock. One that has lapsed
@@ -141,17 +141,17 @@ def holding(run: Optional[str], seconds: int = STEP) -> Iterator[None]:
 def _lost(lease: Mapping[str, Any], run: str) -> str:
     if lease.get("run") == run:
         return (
-            "An earlier step of this play still runs on this host after {0} s, so that this one has changed nothing. "
-            "`fuser -v {1}` names its process; run the play again when it has ended.".format(_OWN_STEP, PATH)
+            f"An earlier step of this play still runs on this host after {_OWN_STEP} s, so that this one has "
+            f"changed nothing. `fuser -v {PATH}` names its process; run the play again when it has ended."
         )
     cause = (
-        "{0} has taken this host's lock, because this play had stalled".format(lease.get("who"))
+        f"{lease.get('who')} has taken this host's lock, because this play had stalled"
         if lease
         else "This host was restarted during the play, and its lock is gone"
     )
     return (
-        "{0}. This step has changed nothing. Check the server with playbooks/verify.yml, and run this play again if it "
-        "is still needed.".format(cause)
+        f"{cause}. This step has changed nothing. Check the server with playbooks/verify.yml, and run this play "
+        "again if it is still needed."
     )
 
 

@@ -9,9 +9,9 @@ import os
 import re
 import shlex
 import urllib.parse
-from typing import Any, Iterable, Iterator, List, Mapping, Set
+from typing import Any, Iterable, Iterator, Mapping
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import dotenv
+from . import dotenv, paths
 
 HIDDEN = "********"
 # Names of environment variables whose values nobody may see.
@@ -42,13 +42,15 @@ def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> 
         yield from (match[1] or match[2] for match in _LOGIN.finditer(text))
 
 
-def known(project_dir: str, requested: Mapping[str, str]) -> Set[str]:
+def known(project_dir: str, requested: Mapping[str, str]) -> set[str]:
     """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
-    found = {str(one) for one in requested.values()}
-    for path in (".env", ".proven/current/.env", ".proven/previous/.env"):
+    found = set(map(str, requested.values()))
+    proven = os.path.join(project_dir, paths.PROVEN)
+    for directory in (project_dir, *(os.path.join(proven, link) for link in paths.LINKS)):
         with contextlib.suppress(OSError):
             # A pipe in a file's place would keep us waiting.
-            descriptor = os.open(os.path.join(project_dir, path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            path = os.path.join(directory, paths.ENV_FILE)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as stream:
                 content = stream.read(2**20)
             found.update(secret_values(dotenv.texts(content), requested))
@@ -64,17 +66,17 @@ def _unreadable(content: bytes) -> Iterator[str]:
             yield re.split("[=:]", text, maxsplit=1)[-1].strip(" '\"")
 
 
-def spellings(secrets: Iterable[str]) -> List[str]:
+def spellings(secrets: Iterable[str]) -> list[str]:
     """Return every form in which a program may print the secrets, the longest first."""
-    found: Set[str] = set()
-    for one in secrets:
-        if len(one) >= _SHORTEST:
-            found |= {one, repr(one)[1:-1], shlex.quote(one), one.replace("$", "$$")}
-            found |= {json.dumps(one, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
+    found: set[str] = set()
+    for secret in secrets:
+        if len(secret) >= _SHORTEST:
+            found |= {secret, repr(secret)[1:-1], shlex.quote(secret), secret.replace("$", "$$")}
+            found |= {json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)}
             found |= {
-                urllib.parse.quote(one, safe="/"),
-                urllib.parse.quote(one, safe=""),
-                urllib.parse.quote_plus(one),
+                urllib.parse.quote(secret, safe="/"),
+                urllib.parse.quote(secret, safe=""),
+                urllib.parse.quote_plus(secret),
             }
     return sorted(found, key=len, reverse=True)
 
@@ -84,13 +86,13 @@ def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
     return _clean(value, spellings(secrets))
 
 
-def _clean(value: Any, hidden: List[str]) -> Any:
+def _clean(value: Any, hidden: list[str]) -> Any:
     if isinstance(value, str):
-        for one in hidden:
-            value = value.replace(one, HIDDEN)
+        for secret in hidden:
+            value = value.replace(secret, HIDDEN)
         return visible(value)
     if isinstance(value, Mapping):
-        return {key: _clean(one, hidden) for key, one in value.items()}
+        return {key: _clean(part, hidden) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(one, hidden) for one in value]
+        return [_clean(part, hidden) for part in value]
     return value

@@ -11,13 +11,13 @@ import json
 import posixpath
 import re
 import shlex
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import outgoing
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from . import outgoing
+from .shell import Problem
 
 # The role's variable behind each key of .env that the role decides.
-VARIABLES: Dict[str, str] = {
+VARIABLES: dict[str, str] = {
     "GPU_DEVICE_ID": "gpu_device_id",
     "VLLM_IMAGE": "vllm_gpu_image",
     "VLLM_MODEL": "vllm_gpu_model",
@@ -34,13 +34,15 @@ VARIABLES: Dict[str, str] = {
     "VLLM_RESTART": "vllm_gpu_restart",
     "VLLM_STOP_GRACE_PERIOD": "vllm_gpu_stop_grace_period",
 }
+# What vllm_gpu_force may name.
+FORCE = ("drift", "exposure", "irreversible", "mig", "training")
 # Ansible hides a secret wherever it occurs in what a module returns; a short one occurs in anything.
 SHORTEST_SECRET = 8
 _MAY_BE_EMPTY = ("VLLM_EXTRA_ARGS",)
 _CACHES = ("HF_CACHE", "VLLM_CACHE", "VLLM_MODELS")
 
 # Options of vLLM that the role decides or relies on, and what to set instead.
-_OWN_OPTIONS: Dict[str, str] = {
+_OWN_OPTIONS: dict[str, str] = {
     "--model": "vllm_gpu_model",
     "--host": "vllm_gpu_bind_address",
     "--port": "vllm_gpu_port",
@@ -72,7 +74,7 @@ _ONE_GPU = {
 # Environment variables that would break what the role promises, and why.
 _CARD = "gpu_device_id alone decides which GPU the server gets"
 _MOUNTED = "it would move a cache off its mount; use vllm_gpu_hf_cache and vllm_gpu_compile_cache"
-_RESERVED: Dict[str, str] = {
+_RESERVED: dict[str, str] = {
     "VLLM_PORT": "vLLM takes it for its internal ports; the API's port is vllm_gpu_port",
     "CUDA_VISIBLE_DEVICES": _CARD,
     "NVIDIA_VISIBLE_DEVICES": _CARD,
@@ -89,7 +91,12 @@ _RESERVED: Dict[str, str] = {
 }
 
 
-def secrets(wanted: Mapping[str, Any]) -> Dict[str, str]:
+def forced(word: str) -> str:
+    """Return what to type to override a refusal."""
+    return f"-e '{json.dumps({'vllm_gpu_force': [word]})}'"
+
+
+def secrets(wanted: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys of .env whose values nobody may see."""
     return {key: str(value) for key, value in {**wanted["secrets"], **wanted["secret_env"]}.items()}
 
@@ -99,7 +106,7 @@ def text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def env_keys(wanted: Mapping[str, Any]) -> Dict[str, str]:
+def env_keys(wanted: Mapping[str, Any]) -> dict[str, str]:
     """Return all keys of .env that the role decides, with their values."""
     return {
         key: text(value)
@@ -109,35 +116,33 @@ def env_keys(wanted: Mapping[str, Any]) -> Dict[str, str]:
 
 def weak_secrets(wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yield a problem for each secret that can't be hidden without hiding something that the role needs."""
-    others = [str(one) for one in (wanted["project_dir"], *wanted["env"].values())]
+    others = [str(text) for text in (wanted["project_dir"], *wanted["env"].values())]
     for key, value in secrets(wanted).items():
-        name = VARIABLES[key] if key in wanted["secrets"] else "{0} of vllm_gpu_secret_env".format(key)
-        if value and (len(value) < SHORTEST_SECRET or any(value in one for one in others)):
+        name = VARIABLES[key] if key in wanted["secrets"] else f"{key} of vllm_gpu_secret_env"
+        if value and (len(value) < SHORTEST_SECRET or any(value in other for other in others)):
             yield (
-                "{0} is shorter than {1} characters, or also appears in another setting (model, image, path …), so that "
-                "it can't be hidden. Give the right one; for an API key, a random one such as `openssl rand -hex 24` "
-                "prints.".format(name, SHORTEST_SECRET)
+                f"{name} is shorter than {SHORTEST_SECRET} characters, or also appears in another setting (model, "
+                "image, path …), so that it can't be hidden. Give the right one; for an API key, a random one "
+                "such as `openssl rand -hex 24` prints."
             )
 
 
-def words(extra_args: Any) -> List[str]:
+def words(extra_args: Any) -> list[str]:
     """Return vllm_gpu_extra_args as the words that vLLM must get; a text is split as a shell would."""
     if not isinstance(extra_args, str):
         found = [] if extra_args is None else extra_args
         if not isinstance(found, list) or not all(map(_is_word, found)):
             raise Problem(
-                "vllm_gpu_extra_args is {0}; it must be a list of texts and numbers, one word of the command line an "
-                "element, or one text. Write JSON and words such as true within quotes.".format(
-                    json.dumps(found)
-                )
+                f"vllm_gpu_extra_args is {json.dumps(found)}; it must be a list of texts and numbers, one word of "
+                "the command line an element, or one text. Write JSON and words such as true within quotes."
             )
-        return [str(one) for one in found]
+        return [str(word) for word in found]
     try:
         return shlex.split(extra_args)
     except ValueError as error:
         raise Problem(
-            "vllm_gpu_extra_args can't be split into words ({0}). Give it as a list, one word an "
-            "element.".format(error)
+            f"vllm_gpu_extra_args can't be split into words ({error}). Give it as a list, one word an "
+            "element."
         ) from error
 
 
@@ -158,15 +163,15 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
     yield from _check_directory(str(wanted["project_dir"]))
     yield from _check_address(env["VLLM_BIND_ADDRESS"])
     if not re.match(r"[1-9][0-9]{0,4}\Z", env["VLLM_PORT"]) or int(env["VLLM_PORT"]) > 65535:
-        yield "vllm_gpu_port is {0}; it must be a whole number from 1 to 65535.".format(env["VLLM_PORT"])
+        yield f"vllm_gpu_port is {env['VLLM_PORT']}; it must be a whole number from 1 to 65535."
     yield from _check_utilization(env["VLLM_GPU_MEMORY_UTILIZATION"])
     if env["VLLM_MODEL"].startswith("-"):
-        yield "vllm_gpu_model is {0}, which vLLM would take for an option.".format(env["VLLM_MODEL"])
+        yield f"vllm_gpu_model is {env['VLLM_MODEL']}, which vLLM would take for an option."
     for key in _CACHES:
         if not re.match(r"(/[^:]*|[A-Za-z0-9][\w.-]*)\Z", env[key]):
             yield (
-                "{0} is {1}; it must be an absolute path without a colon, or the default, which is the name of a "
-                "volume.".format(VARIABLES[key], env[key])
+                f"{VARIABLES[key]} is {env[key]}; it must be an absolute path without a colon, or the default, "
+                "which is the name of a volume."
             )
     try:
         yield from _check_options(words(wanted["extra_args"]))
@@ -175,8 +180,8 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
     for key, value in wanted["secrets"].items():
         if not re.match(r"[!-~]*\Z", str(value)):
             yield (
-                "{0} has a blank, a line break or a character outside ASCII, which a header of HTTP can't carry. "
-                "Use letters, digits and punctuation.".format(VARIABLES[key])
+                f"{VARIABLES[key]} has a blank, a line break or a character outside ASCII, which a header of HTTP "
+                "can't carry. Use letters, digits and punctuation."
             )
     yield from weak_secrets(wanted)
     yield from _check_server_env(wanted)
@@ -185,12 +190,11 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
 def _check_texts(env: Mapping[str, str]) -> Iterator[str]:
     for key, value in env.items():
         if not value.strip() and key in VARIABLES and key not in _MAY_BE_EMPTY:
-            yield "{0} is empty. Give it a value, or leave it out for its default.".format(VARIABLES[key])
+            yield f"{VARIABLES[key]} is empty. Give it a value, or leave it out for its default."
         if not _is_one_line(value):
             yield (
-                "{0} has a line break or another control character, which .env can't hold. Remove it.".format(
-                    VARIABLES.get(key, key)
-                )
+                f"{VARIABLES.get(key, key)} has a line break or another control character, which .env can't hold. "
+                "Remove it."
             )
 
 
@@ -204,8 +208,8 @@ def _check_directory(path: str) -> Iterator[str]:
         or not _is_one_line(path)
     ):
         yield (
-            "vllm_gpu_project_dir is {0}; it must be the absolute path of a directory of its own, without a "
-            "colon.".format(path)
+            f"vllm_gpu_project_dir is {path}; it must be the absolute path of a directory of its own, without a "
+            "colon."
         )
 
 
@@ -220,43 +224,37 @@ def _check_address(address: str) -> Iterator[str]:
             raise ValueError
     except ValueError:
         yield (
-            "vllm_gpu_bind_address is {0}; it must be an IP address of the host, such as 127.0.0.1, ::1 or "
-            "0.0.0.0.".format(bare)
+            f"vllm_gpu_bind_address is {bare}; it must be an IP address of the host, such as 127.0.0.1, ::1 or "
+            "0.0.0.0."
         )
 
 
 def _check_utilization(text: str) -> Iterator[str]:
     # As people write it: float() takes blanks and figures of other scripts, too.
     if not re.match(r"(0?\.[0-9]+|[01](\.[0-9]*)?|[0-9.]+[eE]-[0-9]+)\Z", text) or not 0 < float(text) <= 1:
-        yield "vllm_gpu_memory_utilization is {0}; it must be a number above 0 and up to 1, such as 0.90.".format(
-            text
-        )
+        yield f"vllm_gpu_memory_utilization is {text}; it must be a number above 0 and up to 1, such as 0.90."
 
 
 def _check_options(arguments: Sequence[str]) -> Iterator[str]:
     if arguments and not arguments[0].startswith("-"):
-        yield "vllm_gpu_extra_args begins with {0}, which is no option. Write the option before it.".format(
-            arguments[0]
-        )
+        yield f"vllm_gpu_extra_args begins with {arguments[0]}, which is no option. Write the option before it."
     for position, word in enumerate(arguments):
         name, _is, value = word.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
         for own, instead in _OWN_OPTIONS.items():
             # vLLM's parser takes an option's beginning for the whole of it where that is clear.
             if len(name) > 2 and own.startswith(name):
-                yield "vllm_gpu_extra_args has {0}, which is the role's own. Use {1}.".format(name, instead)
+                yield f"vllm_gpu_extra_args has {name}, which is the role's own. Use {instead}."
         if len(name) > 2 and _NAMES.startswith(name) and name != _NAMES:
-            yield "vllm_gpu_extra_args has {0}. Write {1} in full: the role checks what it names.".format(
-                name, _NAMES
-            )
+            yield f"vllm_gpu_extra_args has {name}. Write {_NAMES} in full: the role checks what it names."
         for spread, short in _ONE_GPU.items():
             close = re.match(short + r"([0-9]+)\Z", word)
             if name == short or close or (len(name) > 2 and spread.startswith(name)):
                 following = close.group(1) if close else value or [*arguments[position + 1 :], ""][0]
                 if following != "1":
                     yield (
-                        "vllm_gpu_extra_args has {0}: the server gets exactly one GPU, so that only 1 is "
-                        "possible.".format(name)
+                        f"vllm_gpu_extra_args has {name}: the server gets exactly one GPU, so that only 1 is "
+                        "possible."
                     )
                 break
 
@@ -264,26 +262,24 @@ def _check_options(arguments: Sequence[str]) -> Iterator[str]:
 def _check_server_env(wanted: Mapping[str, Any]) -> Iterator[str]:
     plain, secret = wanted["server_env"], wanted["secret_env"]
     for key in sorted({*plain} & {*secret}):
-        yield "{0} is in vllm_gpu_env and in vllm_gpu_secret_env. Keep one of them.".format(key)
+        yield f"{key} is in vllm_gpu_env and in vllm_gpu_secret_env. Keep one of them."
     for key, value in plain.items():
-        if any(len(one) >= SHORTEST_SECRET for one in outgoing.secret_values({key: value})):
-            yield "vllm_gpu_env has {0}, which looks like a secret. Put it in vllm_gpu_secret_env.".format(
-                key
-            )
+        if any(len(secret) >= SHORTEST_SECRET for secret in outgoing.secret_values({key: value})):
+            yield f"vllm_gpu_env has {key}, which looks like a secret. Put it in vllm_gpu_secret_env."
     for variable, given in (("vllm_gpu_env", plain), ("vllm_gpu_secret_env", secret)):
         for key, value in given.items():
             problem = _name_problem(key, wanted["compose"]) or _value_problem(value)
             if problem:
-                yield "{0} has {1}{2}".format(variable, key, problem)
+                yield f"{variable} has {key}{problem}"
 
 
-def _name_problem(key: str, compose_file: str) -> Optional[str]:
+def _name_problem(key: str, compose_file: str) -> str | None:
     if not re.match(r"[A-Za-z_][A-Za-z0-9_]*\Z", key):
         return ", which is no name of an environment variable."
     if key in _RESERVED:
-        return ": {0}.".format(_RESERVED[key])
+        return f": {_RESERVED[key]}."
     if key in VARIABLES:
-        return ". Use {0}, which sets it.".format(VARIABLES[key])
+        return f". Use {VARIABLES[key]}, which sets it."
     if key in re.findall(r"\$\{(\w+)", compose_file):
         return ", which the compose file reads for itself and doesn't pass on."
     if re.match("COMPOSE_|DOCKER_", key):
@@ -291,7 +287,7 @@ def _name_problem(key: str, compose_file: str) -> Optional[str]:
     return None
 
 
-def _value_problem(value: Any) -> Optional[str]:
+def _value_problem(value: Any) -> str | None:
     if not _is_word(value):
         return ", whose value is no text. Write it within quotes."
     if not _is_one_line(str(value)):

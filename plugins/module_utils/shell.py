@@ -7,11 +7,11 @@ import contextlib
 import os
 import resource
 import subprocess
-from typing import IO, Mapping, NamedTuple, Optional, Sequence
+from typing import IO, Mapping, NamedTuple, Sequence
 
 # The engine of this very host, wherever the user's environment or Docker context
 # points: the cards that nvidia-smi lists are of no other. The role's tasks that
-# call docker have the same from vars/main.yml.
+# call docker have the same from vars/main/engine.yml.
 ENGINE = {
     "DOCKER_HOST": "unix:///var/run/docker.sock",
     "DOCKER_CONTEXT": "",
@@ -32,13 +32,13 @@ class Problem(Exception):  # noqa: N818 - it is a finding, for a person
 class Output(NamedTuple):
     """What a command left behind; `code` is None when it ran into its time limit."""
 
-    code: Optional[int]
+    code: int | None
     out: str
     err: str
 
 
 def run(
-    argv: Sequence[str], stdin: bytes = b"", env: Optional[Mapping[str, str]] = None, timeout: float = TIMEOUT
+    argv: Sequence[str], stdin: bytes = b"", env: Mapping[str, str] | None = None, timeout: float = TIMEOUT
 ) -> Output:
     """Run `argv` without a shell, for at most `timeout` seconds, with the host's own engine for docker.
 
@@ -59,7 +59,7 @@ def run(
         except OSError as error:
             return Output(127, "", str(error))
         try:
-            code: Optional[int] = process.wait(timeout)
+            code: int | None = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             # One that is stuck in the kernel survives even that.
@@ -71,7 +71,7 @@ def run(
             stream.seek(0)
             texts.append(stream.read().decode("utf-8", "replace"))
     if code is None:
-        return Output(None, "", "no answer in {0} s".format(timeout))
+        return Output(None, "", f"no answer in {timeout} s")
     return Output(code, texts[0], texts[1].strip())
 
 

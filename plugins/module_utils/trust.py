@@ -7,9 +7,9 @@ import errno
 import os
 import shlex
 import stat
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from .shell import Problem
 
 # The largest file of the service that is read; they have some kilobytes.
 LARGEST = 1 << 20
@@ -55,7 +55,7 @@ def check(path: str) -> str:
     return at
 
 
-def read(path: str, largest: int = LARGEST) -> Optional[Found]:
+def read(path: str, largest: int = LARGEST) -> Found | None:
     """Return the regular file at `path`, or None where there is none; Problem for what can't be trusted."""
     try:
         # What is no file, such as a FIFO, must not make the play wait.
@@ -67,28 +67,26 @@ def read(path: str, largest: int = LARGEST) -> Optional[Found]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise Problem("{0} is not a regular file. Move it away.".format(path))
+        raise Problem(f"{path} is not a regular file. Move it away.")
     with os.fdopen(descriptor, "rb") as stream:
         content = stream.read(largest + 1)
     if len(content) > largest:
         raise Problem(
-            "{0} is larger than {1} MiB, too large for what it should be. Move it away.".format(
-                path, largest >> 20
-            )
+            f"{path} is larger than {largest >> 20} MiB, too large for what it should be. Move it away."
         )
     return Found(content, status)
 
 
 def unreadable(path: str, error: OSError) -> str:
     """Return the message about a file that is there and can't be read."""
-    return "{0} can't be read: {1}. Make it a readable file, or move it away.".format(path, error.strerror)
+    return f"{path} can't be read: {error.strerror}. Make it a readable file, or move it away."
 
 
-def _parts(path: str) -> List[str]:
+def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part]
 
 
-def _trusted() -> Tuple[int, int]:
+def _trusted() -> tuple[int, int]:
     return 0, os.geteuid()
 
 
@@ -111,14 +109,14 @@ def _has_acl(path: str) -> bool:
 
 
 def _planted(path: str, status: os.stat_result) -> str:
-    link = stat.S_ISLNK(status.st_mode)
+    name = shlex.quote(path)
+    cure = (
+        f"chown -h root: {name}"
+        if stat.S_ISLNK(status.st_mode)
+        else f"chown root: {name} && chmod go-w {name}"
+    )
     return (
-        "{0} (owner {1}, group {2}, mode {3:04o}) can be changed by others than root, so what it says can't be trusted. "
-        "Check that it is what it should be, and run: {4}".format(
-            path,
-            status.st_uid,
-            status.st_gid,
-            stat.S_IMODE(status.st_mode),
-            ("chown -h root: {0}" if link else "chown root: {0} && chmod go-w {0}").format(shlex.quote(path)),
-        )
+        f"{path} (owner {status.st_uid}, group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}) can be changed "
+        "by others than root, so what it says can't be trusted. Check that it is what it should be, and run: "
+        + cure
     )

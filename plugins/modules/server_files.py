@@ -90,31 +90,34 @@ removed:
 import contextlib
 import os
 import re
-from typing import Any, Dict, Mapping, Sequence, Set
+from typing import Any, Mapping, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    atomic,
     container,
     dotenv,
+    files,
     leftovers,
     lock,
     outgoing,
-    record,
-    server,
+    paths,
     settings,
     snapshot,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import WANTED_OPTIONS, failing, invocation
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 
-def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
+def shown(change: files.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
     """Return what a diff may show of `content`.
 
     Of `.env` that is each key's line, the value only where the role decides it
     and it is no secret: comments and other keys may hold anything.
     """
-    if change.path.endswith("/" + server.REFEREE):
-        return "(the referee, {0} lines)\n".format(len(content.splitlines()))
-    if not change.path.endswith("/" + server.ENV_FILE):
+    if change.path.endswith("/" + paths.REFEREE):
+        return f"(the referee, {len(content.splitlines())} lines)\n"
+    if not change.path.endswith("/" + paths.ENV_FILE):
         return content.decode("utf-8", "replace")
     text = ""
     for line in dotenv.lines(content):
@@ -125,14 +128,14 @@ def shown(change: server.FileChange, content: bytes, wanted: Mapping[str, Any]) 
     return text
 
 
-def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) -> Set[str]:
+def secrets_of(changes: Sequence[files.FileChange], wanted: Mapping[str, Any]) -> set[str]:
     """Return what no diff may show: also what somebody has written into the compose file itself."""
     found = outgoing.known(wanted["project_dir"], settings.secrets(wanted))
     found.update(outgoing.secret_values(wanted["server_env"]))
-    with contextlib.suppress(server.Problem):
+    with contextlib.suppress(Problem):
         found.update(outgoing.secret_values(container.environment(container.inspect())))
     for change in changes:
-        if not change.path.endswith(server.COMPOSE_FILE):
+        if not change.path.endswith(paths.COMPOSE_FILE):
             continue
         text = (change.before or b"").decode("utf-8", "replace")
         pairs = re.findall(r"^[ \t-]*(\w+)[:=][ \t]*(.*?)[ \t\r]*$", text, re.MULTILINE)
@@ -142,7 +145,7 @@ def secrets_of(changes: Sequence[server.FileChange], wanted: Mapping[str, Any]) 
     return found
 
 
-def diff(change: server.FileChange, wanted: Mapping[str, Any], secrets: Set[str]) -> Dict[str, str]:
+def diff(change: files.FileChange, wanted: Mapping[str, Any], secrets: set[str]) -> dict[str, str]:
     """Return Ansible's diff structure for one file."""
     return {
         "before_header": change.path,
@@ -158,36 +161,29 @@ def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
+            "wanted": {"type": "dict", "required": True, "options": WANTED_OPTIONS},
             "lock": {"type": "str"},
         },
         supports_check_mode=True,
     )
     wanted = module.params["wanted"]
-    try:
-        with lock.holding(None if module.check_mode else module.params["lock"]):
-            changes = [change for change in server.compare_files(wanted) if change.differs]
-            found = leftovers.leftovers(wanted["project_dir"])
-            if not module.check_mode:
-                os.makedirs(wanted["project_dir"], mode=0o755, exist_ok=True)
-                leftovers.remove(found)
-                snapshot.note_written(wanted["project_dir"], {one.path: one.after for one in changes})
-                # The referee first: it tells that the directory is the role's.
-                for change in reversed(changes):
-                    record.write_whole(change.path, change.after, change.mode)
-    except server.Problem as problem:
-        module.fail_json(msg=server.message(problem, wanted["project_dir"]))
-    except OSError as error:
-        module.fail_json(
-            msg="{0} could not be written: {1}. The file there is as it was; free the space or the path and "
-            "run the play again.".format(error.filename or wanted["project_dir"], error.strerror)
-        )
+    directory = wanted["project_dir"]
+    with failing(module, directory), lock.holding(None if module.check_mode else module.params["lock"]):
+        changes = [change for change in files.compare(wanted) if change.differs]
+        found = leftovers.leftovers(directory)
+        if not module.check_mode:
+            os.makedirs(directory, mode=0o755, exist_ok=True)
+            leftovers.remove(found)
+            snapshot.note_written(directory, {change.path: change.after for change in changes})
+            # The referee first: it tells that the directory is the role's.
+            for change in reversed(changes):
+                atomic.write(change.path, change.after, change.mode)
     module.exit_json(
         changed=bool(changes or found),
         written=[change.path for change in changes],
         removed=found,
         diff=[diff(change, wanted, secrets_of(changes, wanted)) for change in changes],
-        invocation=server.invocation(module.params),
+        invocation=invocation(module.params),
     )
 
 

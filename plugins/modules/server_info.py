@@ -63,7 +63,7 @@ options:
     type: int
     default: 0
   wanted:
-    description: What the host should have; C(roles/vllm_gpu/vars/main.yml) puts it together.
+    description: What the host should have; C(roles/vllm_gpu/vars/main/wanted.yml) puts it together.
     type: dict
     required: true
     suboptions:
@@ -218,7 +218,7 @@ log:
   elements: str
 """
 
-from typing import Any, Dict, Mapping
+from typing import Any, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
@@ -228,6 +228,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     server,
     settings,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import WANTED_OPTIONS, invocation
 
 # Characters; a program may print megabytes without a line break.
 _LINE = 2000
@@ -235,7 +236,7 @@ _LINE = 2000
 _FOREIGN = ("problems", "doubts", "notes", "changes", "log", "api", "referee")
 
 
-def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> Dict[str, Any]:
+def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return what may leave the host of a state."""
     secrets = outgoing.known(wanted["project_dir"], settings.secrets(wanted)) | state["secrets"]
     result = {key: outgoing.clean(value) for key, value in state.items() if key != "secrets"}
@@ -258,12 +259,12 @@ def main() -> None:
             "as_previous": {"type": "bool", "default": False},
             "as_running": {"type": "bool", "default": False},
             "preflight": {"type": "bool", "default": False},
-            "force": {"type": "list", "elements": "str", "choices": server.FORCE, "default": []},
+            "force": {"type": "list", "elements": "str", "choices": [*settings.FORCE], "default": []},
             "training_gpus": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str"},
             "waiting": {"type": "bool", "default": False},
             "log_lines": {"type": "int", "default": 0},
-            "wanted": {"type": "dict", "required": True, "options": server.WANTED_OPTIONS},
+            "wanted": {"type": "dict", "required": True, "options": WANTED_OPTIONS},
         },
         mutually_exclusive=[("as_installed", "as_previous", "as_running")],
         supports_check_mode=True,
@@ -275,12 +276,12 @@ def main() -> None:
     }
     state = server.read(params["gpu_device_id"], params["wanted"], **options)
     grace = (state["container"] or {}).get("stop_timeout", 0)
-    lease = lock.RENEWAL if params["waiting"] else lock.STEP + grace
+    lease = lock.WAITING_LEASE if params["waiting"] else lock.LEASE + grace
     if params["lock"] and not lock.renew(params["lock"], lease):
         module.fail_json(msg=lock.why_lost(params["lock"]))
     lines = params["log_lines"]
     state["log"] = container.log_tail(lines) if lines and state["container"] else []
-    module.exit_json(changed=False, invocation=server.invocation(params), **shown(state, params["wanted"]))
+    module.exit_json(changed=False, invocation=invocation(params), **shown(state, params["wanted"]))
 
 
 if __name__ == "__main__":

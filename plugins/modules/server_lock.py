@@ -62,7 +62,6 @@ waited:
 
 import time
 import uuid
-from typing import Set, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock
@@ -95,7 +94,7 @@ def main() -> None:
     started = time.monotonic()
     # One more renewal may still come from a play that was killed: its last
     # step on the host runs to its end.
-    seen: Set[Tuple[str, float]] = set()
+    seen: set[tuple[str, float]] = set()
     while True:
         try:
             lease = lock.take(run, params["who"], again=params["again"])
@@ -103,9 +102,7 @@ def main() -> None:
             cure = "Correct that, and run the play again."
             if isinstance(error, PermissionError):
                 cure = "The play must be root on this host: add -K for sudo's password, or log in as root."
-            module.fail_json(
-                run=run, msg="{0} can't be written: {1}. {2}".format(lock.PATH, error.strerror, cure)
-            )
+            module.fail_json(run=run, msg=f"{lock.PATH} can't be written: {error.strerror}. {cure}")
         if lease is None:
             break
         who = lease.get("who", "another play")
@@ -113,23 +110,22 @@ def main() -> None:
             module.fail_json(
                 run=run,
                 held_by=who,
-                msg="{0} has taken this host's lock, because this play had stalled.".format(who),
+                msg=f"{who} has taken this host's lock, because this play had stalled.",
             )
         seen.add((str(lease.get("run")), float(lease.get("renewed", 0))))
         if len(seen) > _ALIVE:
             module.fail_json(
                 run=run,
                 held_by=who,
-                msg="{0} is changing this server right now. Run this play again when that one has "
-                "ended.".format(who),
+                msg=f"{who} is changing this server right now. Run this play again when that one has ended.",
             )
         if time.monotonic() - started > _LONGEST_STEP:
             module.fail_json(
                 run=run,
                 held_by=who,
-                msg="{0} has held this host's lock for {1} s in one step. `fuser -v {2}` on the host names its "
-                "process: end it if nothing comes of it, and run this play again.".format(
-                    who, _LONGEST_STEP, lock.PATH
+                msg=(
+                    f"{who} has held this host's lock for {_LONGEST_STEP} s in one step. `fuser -v {lock.PATH}` on "
+                    "the host names its process: end it if nothing comes of it, and run this play again."
                 ),
             )
         time.sleep(0.5)

@@ -64,41 +64,44 @@ restored:
 
 import os
 import time
-from typing import Any, Dict, List
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    atomic,
     compose,
     container,
+    docker,
     dotenv,
+    files,
     lock,
+    paths,
     record,
-    server,
-    shell,
     snapshot,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import failing
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 
-def image_digests(image: str) -> List[str]:
+def image_digests(image: str) -> list[str]:
     """Return the registry's digests of an image; none for one that was built or loaded."""
-    output = shell.run(["docker", "image", "inspect", "--format", '{{join .RepoDigests " "}}', image])
+    output = docker.run(["image", "inspect", "--format", '{{join .RepoDigests " "}}', image])
     return output.out.split() if output.code == 0 else []
 
 
-def save(module: AnsibleModule, directory: str, proof: Dict[str, Any]) -> Dict[str, Any]:
+def save(module: AnsibleModule, directory: str, proof: dict[str, Any]) -> dict[str, Any]:
     """Keep the files as they are, with the record."""
-    installed = server.installed_files(directory)
-    files = {os.path.basename(one.path): one.after for one in installed}
+    contents = {os.path.basename(file.path): file.after for file in files.installed(directory)}
     made = dict(proof, image_digests=image_digests(proof["image_id"]))
     # Later reads rely on its being that of these very files.
-    project = dotenv.values(files[server.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
-    if compose.config_hash(files, directory, project) != proof["config_hash"]:
+    project = dotenv.values(contents[paths.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
+    if compose.config_hash(contents, directory, project) != proof["config_hash"]:
         return {"changed": False, "found": False, "record": {}, "restored": []}
     made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
         again = last is not None and all(last.record.get(key) == value for key, value in proof.items())
-        record.save(directory, files, made, again=again)
+        record.save(directory, contents, made, again=again)
     return {"changed": True, "found": True, "record": made, "restored": []}
 
 
@@ -107,38 +110,35 @@ def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
     image, wanted = proven.record["image"], proven.record["image_id"]
     if container.image_id(image) == wanted:
         return False
-    tagged = (
-        shell.Output(0, "", "") if module.check_mode else shell.run(["docker", "image", "tag", wanted, image])
-    )
-    if tagged.code != 0:
-        raise server.Problem(
-            "The image that {0} was proven with ({1}) can't be given its name back: {2}".format(
-                image, wanted, tagged.err
+    if not module.check_mode:
+        tagged = docker.run(["image", "tag", wanted, image])
+        if tagged.code != 0:
+            raise Problem(
+                f"The image that {image} was proven with ({wanted}) can't be given its name back: {tagged.err}"
             )
-        )
     return True
 
 
-def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> List[str]:
+def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> list[str]:
     """Put the compose file and `.env` back byte for byte; return which ones had changed."""
     restored = []
     if not module.check_mode:
         contents = {os.path.join(directory, name): content for name, content in proven.files.items()}
         snapshot.note_written(directory, contents)
-    for name, mode in ((server.COMPOSE_FILE, 0o644), (server.ENV_FILE, 0o600)):
+    for name, mode in ((paths.COMPOSE_FILE, 0o644), (paths.ENV_FILE, 0o600)):
         path = os.path.join(directory, name)
-        if server.read_file(path)[:2] == (proven.files[name], mode):
+        if files.read(path)[:2] == (proven.files[name], mode):
             continue
         restored.append(path)
         if not module.check_mode:
-            record.write_whole(path, proven.files[name], mode)
+            atomic.write(path, proven.files[name], mode)
     return restored
 
 
-def restore(module: AnsibleModule, directory: str) -> Dict[str, Any]:
+def restore(module: AnsibleModule, directory: str) -> dict[str, Any]:
     """Put the previous files back, and the image's name on the image that was proven."""
     proven = record.load(directory, "previous")
-    if proven is None or not {server.COMPOSE_FILE, server.ENV_FILE} <= set(proven.files):
+    if proven is None or not {paths.COMPOSE_FILE, paths.ENV_FILE} <= set(proven.files):
         return {"changed": False, "found": False, "record": {}, "restored": []}
     # What can't be started again isn't put back.
     moved = restore_image(module, proven)
@@ -164,20 +164,11 @@ def main() -> None:
         supports_check_mode=True,
     )
     params = module.params
-    try:
-        with lock.holding(params["lock"]):
-            if params["state"] == "saved":
-                result = save(module, params["project_dir"], params["proof"])
-            else:
-                result = restore(module, params["project_dir"])
-    except server.Problem as problem:
-        module.fail_json(msg=server.message(problem, params["project_dir"]))
-    except OSError as error:
-        module.fail_json(
-            msg="{0} could not be written: {1}.".format(
-                error.filename or params["project_dir"], error.strerror
-            )
-        )
+    with failing(module, params["project_dir"]), lock.holding(params["lock"]):
+        if params["state"] == "saved":
+            result = save(module, params["project_dir"], params["proof"])
+        else:
+            result = restore(module, params["project_dir"])
     module.exit_json(**result)
 
 

@@ -21,11 +21,6 @@ options:
     description: Directory of the Compose project on the host.
     type: path
     required: true
-  projects:
-    description: The Compose projects that the server may belong to.
-    type: list
-    elements: str
-    required: true
   files:
     description: Whether to remove the files of the service, too.
     type: bool
@@ -48,7 +43,6 @@ EXAMPLES = r"""
 - name: Stop and remove the server
   mlops.vllm_gpu.server_removed:
     project_dir: /opt/vllm-gpu
-    projects: [vllm-gpu]
 """
 
 RETURN = r"""
@@ -70,105 +64,108 @@ msg:
 
 import contextlib
 import os
-from typing import Iterable, List, Sequence, Set, Tuple
+from typing import Iterable, Sequence
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    atomic,
     compose,
+    container,
     dotenv,
+    files,
     leftovers,
     lock,
-    record,
+    paths,
     removal,
-    server,
 )
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import failing
 
 
-def users_lines(content: bytes, keys: Iterable[str]) -> Tuple[bytes, List[str]]:
+def users_lines(content: bytes, keys: Iterable[str]) -> tuple[bytes, list[str]]:
     """Return the lines of a `.env` whose keys are not of `keys`, and those keys."""
     users = [line for line in dotenv.lines(content) if line.key and line.key not in keys]
     text = b"".join(line.text + (line.ending or b"\n") for line in users)
     return text, list(dict.fromkeys(line.key or "" for line in users))
 
 
-def used_keys(directory: str) -> Set[str]:
+def used_keys(directory: str) -> set[str]:
     """Return the keys of `.env` that the role's compose file uses, as it is and as it was proven."""
-    places = (directory, os.path.join(directory, record.KEEP, "current"))
-    files = (server.read_file(os.path.join(place, server.COMPOSE_FILE))[0] or b"" for place in places)
-    return set().union(*map(compose.named, files))
+    places = (directory, os.path.join(directory, paths.PROVEN, "current"))
+    contents = (files.read(os.path.join(place, paths.COMPOSE_FILE))[0] or b"" for place in places)
+    return set().union(*map(compose.named, contents))
 
 
-def remove_env(directory: str, keys: Iterable[str], *, only_look: bool) -> Tuple[List[str], List[str]]:
+def remove_env(directory: str, keys: Iterable[str], *, check_mode: bool) -> tuple[list[str], list[str]]:
     """Remove `.env`, but for the keys that are the user's; return what was removed and what was kept."""
-    path = os.path.join(directory, server.ENV_FILE)
-    content = server.read_file(path)[0]
+    path = os.path.join(directory, paths.ENV_FILE)
+    content = files.read(path)[0]
     if content is None:
         return [], []
     text, users = users_lines(content, keys)
     if not users:
         # Of a link, also what it leads to: the secrets are there.
-        paths = sorted({path, os.path.realpath(path)})
-        if not only_look:
-            leftovers.remove(paths)
-        return paths, []
-    if not only_look and text != content:
-        record.write_whole(os.path.realpath(path), text, 0o600)
+        gone = sorted({path, os.path.realpath(path)})
+        if not check_mode:
+            leftovers.remove(gone)
+        return gone, []
+    if not check_mode and text != content:
+        atomic.write(os.path.realpath(path), text, 0o600)
     removed = ["the role's keys and the comments in " + path] if text != content else []
-    return removed, ["{0} in {1}".format(", ".join(users), path)]
+    return removed, [f"{', '.join(users)} in {path}"]
 
 
-def service_files(directory: str) -> List[str]:
+def service_files(directory: str) -> list[str]:
     """Return the paths of all files of the service but `.env`, and of every copy of it."""
-    names = (server.COMPOSE_FILE, server.REFEREE, record.KEEP)
-    paths = [*(os.path.join(directory, name) for name in names), *leftovers.leftovers(directory)]
-    return [path for path in paths if os.path.lexists(path)]
+    names = (paths.COMPOSE_FILE, paths.REFEREE, paths.PROVEN)
+    own = [*(os.path.join(directory, name) for name in names), *leftovers.leftovers(directory)]
+    return [path for path in own if os.path.lexists(path)]
 
 
 def is_ours(directory: str) -> bool:
     """Say whether the role has written to the directory: `.env` and a compose file alone may be anybody's."""
-    marks = [os.path.join(directory, name) for name in (server.REFEREE, record.KEEP)]
+    marks = [os.path.join(directory, name) for name in (paths.REFEREE, paths.PROVEN)]
     return any(map(os.path.lexists, marks)) or bool(leftovers.leftovers(directory))
 
 
-def remove(module: AnsibleModule) -> Tuple[List[str], List[str]]:
+def remove(module: AnsibleModule) -> tuple[list[str], list[str]]:
     """Remove what was requested; return what was removed and what was kept."""
-    directory, only_look = module.params["project_dir"], module.check_mode
-    found = removal.find()
-    removal.check_owner(found, module.params["projects"], directory)
-    removed = ["the container " + one.name for one in found]
-    kept = [name for one in found for name in (*one.storage, "the image " + one.image)]
+    directory, check_mode = module.params["project_dir"], module.check_mode
+    found = container.find()
+    container.check_owner(found, directory)
+    removed = ["the container " + server["name"] for server in found]
+    kept = [name for server in found for name in (*server["storage"], "the image " + server["image"])]
     ours = bool(found) or is_ours(directory)
-    if found and not only_look:
+    if found and not check_mode:
         removal.remove(found)
     if not module.params["files"] or not ours:
         return removed, kept
-    paths = service_files(directory)
+    own = service_files(directory)
     keys = {*module.params["keys"], *used_keys(directory)}
-    gone, users = remove_env(directory, keys, only_look=only_look)
-    if not only_look:
-        leftovers.remove(paths)
-    ours_by_name = {server.ENV_FILE, *map(os.path.basename, paths)}
+    gone, users = remove_env(directory, keys, check_mode=check_mode)
+    if not check_mode:
+        leftovers.remove(own)
+    ours_by_name = {paths.ENV_FILE, *map(os.path.basename, own)}
     others = sorted(set(os.listdir(directory)) - ours_by_name) if os.path.isdir(directory) else []
-    kept += users + [os.path.join(directory, one) for one in others]
-    if not only_look:
+    kept += users + [os.path.join(directory, name) for name in others]
+    if not check_mode:
         with contextlib.suppress(OSError):
             os.rmdir(directory)  # where nothing of the user's is in it
-    return [*removed, *paths, *gone], kept
+    return [*removed, *own, *gone], kept
 
 
 def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) -> str:
     """Say what was, or would be, removed and kept."""
     if not removed:
-        return "There was nothing to remove: no vLLM server is on this host, and no files of this role are in {0}.".format(
-            module.params["project_dir"]
+        return (
+            "There was nothing to remove: no vLLM server is on this host, and no files of this role are in "
+            f"{module.params['project_dir']}."
         )
     would = "would be " if module.check_mode else ""
     text = "" if would else "There is no vLLM server on this host any more. "
-    text += "{0}: {1}.".format((would + "removed").capitalize(), ", ".join(removed))
+    text += f"{(would + 'removed').capitalize()}: {', '.join(removed)}."
     if kept:
-        text += " {0}: {1}.".format((would + "kept").capitalize(), ", ".join(dict.fromkeys(kept)))
-    if any(one.startswith("volume ") for one in kept) and not would:
+        text += f" {(would + 'kept').capitalize()}: {', '.join(dict.fromkeys(kept))}."
+    if any(name.startswith("volume ") for name in kept) and not would:
         text += " To remove a volume, too: docker volume rm NAME"
     return text
 
@@ -178,24 +175,16 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "project_dir": {"type": "path", "required": True},
-            "projects": {"type": "list", "elements": "str", "required": True},
             "files": {"type": "bool", "default": False},
             "keys": {"type": "list", "elements": "str", "default": [], "no_log": False},
             "lock": {"type": "str"},
         },
         supports_check_mode=True,
     )
-    try:
-        with lock.holding(None if module.check_mode else module.params["lock"]):
-            removed, kept = remove(module)
-    except Problem as problem:
-        module.fail_json(msg=server.message(problem, module.params["project_dir"]))
-    except OSError as error:
-        module.fail_json(
-            msg="{0} could not be removed or written: {1}. Correct that, and run the play again.".format(
-                error.filename or module.params["project_dir"], error.strerror
-            )
-        )
+    directory = module.params["project_dir"]
+    run = None if module.check_mode else module.params["lock"]
+    with failing(module, directory, done="removed or written"), lock.holding(run):
+        removed, kept = remove(module)
     module.exit_json(changed=bool(removed), removed=removed, kept=kept, msg=message(module, removed, kept))
 
 

@@ -92,53 +92,52 @@ start:
 """
 
 import contextlib
-from typing import Any, Dict, Mapping
+from typing import Any, Mapping
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, lock, server, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker, lock, restoration, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import failing, hidden
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 # How long a Docker Engine may be away, as for a restart; seconds.
 _AWAY = 60
 
 
-def take(params: Mapping[str, Any]) -> Dict[str, Any]:
+def take(params: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the host as it is, unless it could not be put back."""
     kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
     reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
     if reasons:
         raise Problem(
-            "The server that is there could not be put back if the change failed: {0}. To replace it all the same, "
-            "set vllm_gpu_force: [irreversible].".format(", and ".join(reasons))
+            f"The server that is there could not be put back if the change failed: {', and '.join(reasons)}. To "
+            "replace it all the same, set vllm_gpu_force: [irreversible]."
         )
     with lock.holding(params["lock"]):
         snapshot.save(kept)
     return {"changed": False, "interrupted": kept["interrupted"]}
 
 
-def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
+def restore(params: Mapping[str, Any]) -> dict[str, Any]:
     """Put everything back; what can't be is reported in the end, all at once."""
     kept = snapshot.load(params["project_dir"])
     if kept is None:
         raise Problem(
-            "Nothing was kept to go back to: {0} does not exist.".format(
-                snapshot.path_in(params["project_dir"])
-            )
+            f"Nothing was kept to go back to: {snapshot.path_in(params['project_dir'])} does not exist."
         )
     # The files don't need the engine, and come back whatever has become of it.
-    with lock.holding(params["lock"], lock.STEP + _AWAY):
-        files = snapshot.restore_files(kept)
+    with lock.holding(params["lock"], lock.LEASE + _AWAY):
+        files = restoration.restore_files(kept)
     failed = list(files.failed)
-    made, start = snapshot.Outcome([], [], []), False
+    made, start = restoration.Outcome([], [], []), False
     # The engine may go away once more, in the middle of it; what was done by then stays done.
     for last in (False, True):
         try:
-            snapshot.wait_for_engine(_AWAY)
+            restoration.wait_for_engine(_AWAY)
             with lock.holding(params["lock"]):
-                snapshot.restore_engine(kept, made)
-            start = snapshot.must_start(kept)
+                restoration.restore_engine(kept, made)
+            start = restoration.must_start(kept)
             break
-        except container.Unanswered as problem:
+        except docker.Unanswered as problem:
             if last:
                 failed.append(str(problem))
     result = {
@@ -154,35 +153,35 @@ def restore(params: Mapping[str, Any]) -> Dict[str, Any]:
         # What else is not as it was must not keep the server from running.
         if start:
             with contextlib.suppress(Problem), lock.holding(params["lock"]):
-                snapshot.wait_for_memory()
-                snapshot.start()
+                restoration.wait_for_memory()
+                restoration.start()
                 failed.append("The server that ran before was started again, and not waited for.")
         # Docker and the file system have a say in these.
-        return dict(result, failed=True, msg=server.message(Problem(" ".join(failed)), params["project_dir"]))
+        return dict(result, failed=True, msg=hidden(" ".join(failed), params["project_dir"]))
     return dict(
-        result, changed=bool(result["restored"] or result["removed"]), volumes=snapshot.new_volumes(kept)
+        result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(kept)
     )
 
 
-def start(params: Mapping[str, Any]) -> Dict[str, Any]:
+def start(params: Mapping[str, Any]) -> dict[str, Any]:
     """Start the container where it ran before."""
     kept = snapshot.load(params["project_dir"])
     for last in (False, True):
         try:
-            snapshot.wait_for_engine(_AWAY)
-            if kept is None or not snapshot.must_start(kept):
+            restoration.wait_for_engine(_AWAY)
+            if kept is None or not restoration.must_start(kept):
                 return {"changed": False}
-            snapshot.wait_for_memory()
+            restoration.wait_for_memory()
             with lock.holding(params["lock"]):
-                snapshot.start()
+                restoration.start()
             break
-        except container.Unanswered:
+        except docker.Unanswered:
             if last:
                 raise
     return {"changed": True}
 
 
-def drop(params: Mapping[str, Any]) -> Dict[str, Any]:
+def drop(params: Mapping[str, Any]) -> dict[str, Any]:
     """Forget what was kept."""
     with lock.holding(params["lock"]):
         return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
@@ -208,16 +207,8 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(changed=False)
     do = {"taken": take, "restored": restore, "started": start, "dropped": drop}[module.params["state"]]
-    try:
+    with failing(module, module.params["project_dir"]):
         result = do(module.params)
-    except Problem as problem:
-        module.fail_json(msg=server.message(problem, module.params["project_dir"]))
-    except OSError as error:
-        module.fail_json(
-            msg="{0} could not be written: {1}.".format(
-                error.filename or module.params["project_dir"], error.strerror
-            )
-        )
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)

@@ -11,29 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import PurePath
 from typing import Any
 
 from fleet.text import without
 
 Event = Mapping[str, Any]
-# The hosts of playbooks/rollout.yml's waves.
-CHANGING = "vllm_gpu:&vllm_gpu_to_change"
 # The outcomes of a host in the report, and for a person; what needs a person comes first.
 OUTCOMES = {
     "failed": "failed", "unreachable": "unreachable", "rolled_back": "rolled back", "refused": "refused",
     "changed": "changed", "already_right": "already right", "untouched": "untouched",
 }  # fmt: skip
-WAY = "Mend the way to this host (ssh, become, python3), and run it again."
-# The task files of the role, by the phase of the lifecycle that they are. Those
-# that are missing here, as the lock's, belong to whatever phase goes on.
+CONNECTION_ADVICE = "Mend the way to this host (ssh, become, python3), and run it again."
+# The phase of the lifecycle that a module of the collection belongs to. One that is missing here, as the lock's,
+# belongs to whatever phase goes on.
 PHASES = {
-    "preflight": "preflight", "plan": "preflight", "remember": "preflight", "keep": "preflight",
-    "pull": "pull",
-    "configure": "configure",
-    "deploy": "deploy",
-    "verify": "verify",
-    "restore": "rollback", "start_proven": "rollback",
+    "server_info": "preflight", "command": "pull", "server_files": "configure", "server_up": "deploy",
+    "wait_for_server": "verify",
 }  # fmt: skip
 
 
@@ -185,9 +178,10 @@ class Rollout:
             data = event["event_data"]
             handler(data, self.hosts.get(data.get("host", "")), datetime.fromisoformat(event["created"]))
 
-    def _playbook_on_play_start(self, data: Event, _host: Host | None, at: datetime) -> None:
+    def _playbook_on_play_start(self, _data: Event, _host: Host | None, at: datetime) -> None:
         self._end_wave(at)
-        if data["play_pattern"] == CHANGING and self.to_change:
+        # The plays after the plan are the waves.
+        if self.to_change:
             self.waves.append(
                 {"number": len(self.waves) + 1, "hosts": [], "started_at": at.isoformat(), "ended_at": None}
             )
@@ -213,25 +207,26 @@ class Rollout:
                 self.notify("wave", number=wave["number"], of=max(self.expected_waves, wave["number"]))
             wave["hosts"].append(host.name)
             host.wave, host.started, host.phases = wave["number"], at, []
-        phase = self._phase(data, host)
+        action = data["task_action"].rpartition(".")[2]
+        phase = self._phase(action, host)
         if phase and host.enter(phase, at):
             self.notify("phase", host=host)
-        if data["task_action"].endswith(".server_up"):
+        if action == "server_up":
             # It may be cut off before it can say what it changed.
             host.touched = host.touched or bool(host.wave)
             if host.before and not host.down_since:
                 host.down_since = at
 
     @staticmethod
-    def _phase(data: Event, host: Host) -> str:
-        path = PurePath(data.get("task_path", "").rpartition(":")[0])
-        if path.parent.name != "tasks":
+    def _phase(action: str, host: Host) -> str:
+        if host.phase == "rollback":
             return ""
-        phase = PHASES.get(path.stem, "")
-        if phase == "deploy" and data["task_action"].endswith(".wait_for_server"):
+        if action == "server_snapshot":
+            # Of a host that fails, only what was changed is put back.
+            return "rollback" if host.error else ""
+        if action == "server_info" and host.phase in ("configure", "deploy", "verify"):
             return "verify"
-        # The same files serve a change and the way back from it.
-        return "rollback" if host.phase == "rollback" and phase != "verify" and phase else phase
+        return PHASES.get(action, "")
 
     def _runner_on_ok(self, data: Event, host: Host | None, at: datetime) -> None:
         result = data.get("res") or {}
@@ -278,7 +273,7 @@ class Rollout:
             result = data.get("res") or {}
             error = str(result.get("msg") or result.get("stderr") or "It failed without a message.")
             if result.get("module_stderr"):  # no module ran: sudo is missing, or Python
-                error += f"\n{str(result['module_stderr']).strip()}\n{WAY}"
+                error += f"\n{str(result['module_stderr']).strip()}\n{CONNECTION_ADVICE}"
             host.error = without(self.secrets, error)
             host.verified = False
 
@@ -286,7 +281,7 @@ class Rollout:
         if host is not None:
             host.lost = True
             error = (data.get("res") or {}).get("msg", "It could not be reached.")
-            host.error = without(self.secrets, f"{error}\n{WAY}")
+            host.error = without(self.secrets, f"{error}\n{CONNECTION_ADVICE}")
 
     def _playbook_on_stats(self, data: Event, _host: Host | None, at: datetime) -> None:
         for host in self.hosts.values():

@@ -21,6 +21,7 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.inventory.manager import InventoryManager, split_host_pattern
 from ansible.parsing.dataloader import DataLoader
+from ansible_collections.mlops.vllm_gpu.plugins.filter.fleet import is_wave
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.outgoing import SECRET_NAME
 
 from fleet.text import visible
@@ -40,7 +41,6 @@ _GIVEN = re.compile(
 # A name and a password, or a token, before a host. (An image's digest is none.)
 _LOGIN = re.compile(r"://([^/\s]*)@|(?<![^\s/@:])([^\s/@:]+:[^\s/@]+)@(?!sha\d+:)")
 _LAST_OPTION = re.compile(r"(?<![\w/-])--?[\w-]+(?=[\s=]*\Z)")
-_WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
 _DEEPEST = 20
 # Of a word that is quoted in a message; characters.
 _LONGEST = 200
@@ -238,7 +238,7 @@ def _structure(text: str) -> list[Any] | dict[Any, Any] | None:
 def wave_sizes(option: str, asked: object) -> list[int | str]:
     """Return the sizes of the waves as Ansible's `serial` takes them."""
     words = [str(one) for one in asked] if isinstance(asked, list) else []
-    if not words or not all(map(_WAVE.fullmatch, words)):
+    if not words or not all(map(is_wave, words)):
         raise Usage(
             f"{option}: the sizes of waves are a list of whole numbers from 1 to 999999 and of percentages from "
             "1% to 100%, such as 1,10%,50%."

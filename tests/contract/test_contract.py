@@ -19,14 +19,17 @@ import yaml
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     compose,
     container,
+    docker,
     dotenv,
-    server,
     settings,
     shell,
 )
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import module as module_args
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.advice import ADVICE
+from fleet.progress import PHASES
 
 from tests.faults.test_matrix import ROWS
-from tests.wanted import rendered
+from tests.wanted import rendered, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/vllm_gpu"
@@ -38,7 +41,7 @@ def load(path: str) -> Any:  # noqa: ANN401 - whatever the YAML holds
 
 DEFAULTS = load("roles/vllm_gpu/defaults/main.yml")
 SPECS = load("roles/vllm_gpu/meta/argument_specs.yml")["argument_specs"]
-VARS = load("roles/vllm_gpu/vars/main.yml")
+VARS = variables("vars")
 EXAMPLE = dotenv.values((ROOT / "env.example").read_bytes())
 COMPOSE = (ROOT / "docker/docker-compose.serving.yml").read_text(encoding="utf-8")
 SECRETS = {"VLLM_API_KEY": "vllm_gpu_api_key", "HF_TOKEN": "vllm_gpu_hf_token"}
@@ -140,7 +143,7 @@ def test_the_modules_document_what_they_take(name: str) -> None:
     module = importlib.import_module(f"ansible_collections.mlops.vllm_gpu.plugins.modules.{name}")
     documented = yaml.safe_load(module.DOCUMENTATION)
     options = options_of(documented["options"])
-    spec = {key: dict(option) for key, option in server.WANTED_OPTIONS.items()}
+    spec = {key: dict(option) for key, option in module_args.WANTED_OPTIONS.items()}
     for secret in ("secrets", "secret_env"):
         assert spec[secret].pop("no_log") is True
     assert options["wanted"] == {"type": "dict", "required": True, "options": spec}
@@ -274,7 +277,7 @@ def test_the_env_that_compose_reads_is_the_one_in_the_root() -> None:
 def test_names_that_stand_in_code_and_in_yaml_agree() -> None:
     service = yaml.safe_load(COMPOSE)["services"]
     assert list(service) == [compose.SERVICE]
-    assert service[compose.SERVICE]["container_name"] == server.CONTAINER
+    assert service[compose.SERVICE]["container_name"] == container.CONTAINER
 
 
 def test_versions_agree() -> None:
@@ -296,9 +299,8 @@ def test_the_page_of_faults_has_every_row_of_the_matrix() -> None:
 def test_every_text_of_the_engine_that_the_role_explains_is_on_the_page() -> None:
     page = (ROOT / "deployment/CLAUDE.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-    assert len(VARS["__vllm_gpu_engine_says"]) == 5
-    for one in VARS["__vllm_gpu_engine_says"]:
-        assert any(one["says"] in text for text in shown), one["says"]
+    assert len(ADVICE) == 5
+    assert [text for text in ADVICE if not any(text in message for message in shown)] == []
 
 
 def test_the_tests_run_the_version_that_the_role_pins() -> None:
@@ -320,10 +322,43 @@ def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> 
 
     callers = [
         task
-        for path in sorted((ROLE / "tasks").glob("*.yml"))
+        for path in sorted((ROLE / "tasks").glob("**/*.yml"))
         for task in tasks(load(str(path.relative_to(ROOT))))
         if "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
         or "__vllm_gpu_command" in str(task.get("ansible.builtin.command"))
     ]
     assert len(callers) == 2
     assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []
+
+
+def test_docker_is_called_in_one_place_and_by_one_task_of_the_lifecycle() -> None:
+    calls = {
+        path.name
+        for path in (ROOT / "plugins").glob("**/*.py")
+        if '"docker",' in path.read_text(encoding="utf-8")
+    }
+    assert calls == {"docker.py"}
+    # A roll-out takes each command of the role for the pull (scripts/fleet/progress.py).
+    steps = [path.read_text(encoding="utf-8") for path in (ROLE / "tasks/steps").glob("*.yml")]
+    assert [text.count("ansible.builtin.command:") for text in steps if "builtin.command" in text] == [1]
+
+
+def test_the_words_that_override_a_refusal_are_the_same_everywhere() -> None:
+    words = [*settings.FORCE]
+    assert words == SPECS["main"]["options"]["vllm_gpu_force"]["choices"]
+    module = importlib.import_module("ansible_collections.mlops.vllm_gpu.plugins.modules.server_info")
+    assert words == yaml.safe_load(module.DOCUMENTATION)["options"]["force"]["choices"]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "README.ko.md", "roles/vllm_gpu/README.md", "docs/versions.md"]
+)
+def test_every_page_says_the_oldest_versions_that_preflight_takes(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.search(rf"(Engine|엔진)[ |]+{re.escape(docker.OLDEST_ENGINE)}\b", text)
+    assert re.search(rf"(플러그인|plugin)[ |(]+{re.escape(docker.OLDEST_COMPOSE)}\b", text)
+
+
+def test_the_phases_that_a_roll_out_tells_by_are_modules_of_the_collection() -> None:
+    modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
+    assert PHASES.keys() - modules == {"command"}

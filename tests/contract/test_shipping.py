@@ -31,7 +31,7 @@ def test_what_runs_on_the_hosts_is_python_3_8_and_its_standard_library(path: Pat
     roots = {
         name.partition(".")[0]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
         for name in (
             [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
         )

@@ -251,7 +251,7 @@ def foreign(clean_host: GpuHost) -> Iterator[GpuHost]:
 def test_a_container_of_somebody_else_is_left_alone(foreign: GpuHost) -> None:
     before = foreign.container()
     output = foreign.fail_to_serve(gpu_device_id=1)
-    assert "exists already, of no Compose project" in output
+    assert "It belongs to no Compose project. Nothing was stopped or removed" in output
     assert "docker rm -f vllm-server" in output
     assert foreign.container() == before
     assert not foreign.look.file(DIRECTORY).exists
@@ -262,7 +262,7 @@ def test_a_server_started_from_another_directory_is_left_alone(clean_host: GpuHo
     clean_host.serve(gpu_device_id=0)
     before = clean_host.container()
     output = clean_host.fail_to_serve(gpu_device_id=1, vllm_gpu_project_dir="/opt/elsewhere")
-    assert f"started from {DIRECTORY} and not from /opt/elsewhere" in output
+    assert f"started from {DIRECTORY}, not from /opt/elsewhere" in output
     assert clean_host.container() == before
     assert not clean_host.look.file("/opt/elsewhere").exists
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import compose, dotenv, settings, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import compose, dotenv, paths, settings, shell
 from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def resolved(**changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: 
         "    environment:\n", "    environment:\n" + "".join(f"      {name}:\n" for name in given_names)
     )
     one = wanted(compose=text, **changes)
-    files = {compose.COMPOSE_FILE: text.encode(), compose.ENV_FILE: dotenv.merge(b"", settings.env_keys(one))}
+    files = {paths.COMPOSE_FILE: text.encode(), paths.ENV_FILE: dotenv.merge(b"", settings.env_keys(one))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_CONFIG", str(ROOT / ".cache/docker"))
         service = compose.resolve(files, one["project_dir"], "vllm-gpu")
@@ -151,7 +151,7 @@ def test_nothing_but_env_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(compose.contradictions(service, one)) == []
 
 
-FILES = {compose.COMPOSE_FILE: b"services: {}\n", compose.ENV_FILE: b""}
+FILES = {paths.COMPOSE_FILE: b"services: {}\n", paths.ENV_FILE: b""}
 
 
 def test_the_hash_is_only_asked_for_where_it_is_not_known(
@@ -237,3 +237,29 @@ def test_the_names_that_a_file_passes_on(block: str, names: set[str]) -> None:
         == names
     )
     assert compose.passed_on(b"services: {}\n") == set()
+
+
+@pytest.mark.parametrize(
+    "service",
+    [{"command": ["m"]}, {"command": ["m"], "ports": [{"target": 8000}]}, {"ports": [{"published": "8000"}]}],
+)
+def test_a_compose_file_that_somebody_has_rewritten_is_named(service: dict[str, Any]) -> None:
+    compose.check_service({"command": ["m"], "ports": [{"published": "8000"}]})
+    with pytest.raises(shell.Problem, match="has been edited by hand"):
+        compose.check_service(service)
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["m", "--x", "1", "2", "--y"], ["1", "2"]),
+        (["m", "--x=1"], ["1"]),
+        (["m", "--x", "1", "--x", "2"], ["2"]),
+        (["m", "--x", "-1"], ["-1"]),
+        (["m", "--x"], []),
+        (["m", "--xy", "1"], []),
+        (["m", "--x", "a=b"], ["a=b"]),
+    ],
+)
+def test_an_options_values(words: list[str], values: list[str]) -> None:
+    assert compose.option(words, "--x") == values

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.container import Unanswered
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils.docker import Unanswered
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 ID = "d834a82f713f" + "0" * 52

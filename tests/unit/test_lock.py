@@ -51,14 +51,14 @@ def test_one_play_holds_the_lock_until_it_gives_it_back(clock: list[float]) -> N
 def test_a_play_that_is_alive_keeps_the_lock(clock: list[float]) -> None:
     lock.take("a", "A")
     for _ in range(100):
-        clock[0] += lock.RENEWAL - 1
+        clock[0] += lock.WAITING_LEASE - 1
         assert lock.renew("a")
         assert lock.take("b", "B") is not None
 
 
 def test_the_lock_of_a_killed_play_runs_out(clock: list[float]) -> None:
     lock.take("a", "A")
-    clock[0] += lock.STEP - 1
+    clock[0] += lock.LEASE - 1
     assert lock.take("b", "B") is not None
     clock[0] += 2
     assert lock.take("b", "B") is None
@@ -77,13 +77,13 @@ def test_a_lock_file_that_is_garbage_is_no_lock(clock: list[float], garbage: byt
 def test_a_step_keeps_every_other_play_out_however_long_it_takes(clock: list[float]) -> None:
     lock.take("a", "A")
     with lock.holding("a"):
-        clock[0] += 10 * lock.STEP
+        clock[0] += 10 * lock.LEASE
         lease = lock.take("b", "B")
         assert lease is not None
         assert lease["who"] == "A"
         assert lock.renew("a")
         assert not lock.renew("b")
-    clock[0] += lock.STEP - 1
+    clock[0] += lock.LEASE - 1
     assert lock.take("b", "B") is not None
     clock[0] += 2
     assert lock.take("b", "B") is None
@@ -91,7 +91,7 @@ def test_a_step_keeps_every_other_play_out_however_long_it_takes(clock: list[flo
 
 def test_a_play_that_stalled_changes_nothing_once_another_one_has_had_the_lock(clock: list[float]) -> None:
     lock.take("a", "A")
-    clock[0] += lock.STEP + 1
+    clock[0] += lock.LEASE + 1
     lock.take("b", "B")
     for other in ("changes the server", "has ended"):
         with (
@@ -108,7 +108,7 @@ def test_a_play_that_stalled_changes_nothing_once_another_one_has_had_the_lock(c
 
 def test_a_play_that_stalled_goes_on_where_nobody_took_the_lock(clock: list[float]) -> None:
     lock.take("a", "A")
-    clock[0] += 100 * lock.STEP
+    clock[0] += 100 * lock.LEASE
     with lock.holding("a"):
         pass
     assert lock.take("b", "B") is not None

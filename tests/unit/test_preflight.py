@@ -1,22 +1,19 @@
-"""What prevents a change: each check by what the host shows, the ports by real sockets."""
+"""What prevents a change: each check by what the host shows."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, preflight, shell
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker as docker_command
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import gpus, identity, preflight, shell
 
 
-def asked(**changes: Any) -> preflight.Asked:  # noqa: ANN401
+def context(**changes: Any) -> identity.Context:  # noqa: ANN401
     gpu = {
         "index": 1,
         "uuid": "GPU-1",
@@ -43,7 +40,7 @@ def asked(**changes: Any) -> preflight.Asked:  # noqa: ANN401
         "environment": changes.pop("environment", {}),
         "volumes": changes.pop("volumes", []),
     }
-    return preflight.Asked(state, service, {}, changes.pop("force", []), changes.pop("training", []))
+    return identity.Context(state, service, changes.pop("force", []), changes.pop("training", []))
 
 
 @pytest.mark.parametrize(
@@ -61,28 +58,28 @@ def test_memory_of_our_own_server_does_not_count(used: int, own: int, command: l
     processes = [{"pid": 1, "name": "e", "gpu_uuid": "GPU-1", "memory_mib": own}]
     state = {"referee": {"processes": processes, "other_processes": []}}
     assert (
-        preflight.check_memory(asked(gpu={"memory_used_mib": used}, state=state, command=command)) is None
+        preflight.check_memory(context(gpu={"memory_used_mib": used}, state=state, command=command)) is None
     ) == fits
 
 
 def test_who_holds_the_memory_is_named() -> None:
     others = [{"pid": 2**22 + 1, "name": "train.py", "gpu_uuid": "GPU-1", "memory_mib": 800}]
     state = {"referee": {"processes": [], "other_processes": others}}
-    problem = preflight.check_memory(asked(gpu={"memory_used_mib": 800}, state=state))
+    problem = preflight.check_memory(context(gpu={"memory_used_mib": 800}, state=state))
     assert problem is not None
     assert f"train.py (pid {2**22 + 1}, 800 MiB)" in problem
 
 
 @pytest.mark.parametrize("one", ["1", "GPU-1", "gpu-1", "00000000:05:00.0", "0000:05:00.0", "05:00.0"])
 def test_a_training_card(one: str) -> None:
-    assert preflight.check_training(asked(training=[one])) is not None
-    assert preflight.check_training(asked(training=[one], force=["training"])) is None
-    assert preflight.check_training(asked(training=["0"])) is None
+    assert preflight.check_training(context(training=[one])) is not None
+    assert preflight.check_training(context(training=[one], force=["training"])) is None
+    assert preflight.check_training(context(training=["0"])) is None
 
 
 def test_an_instance_of_a_training_card() -> None:
     instance = {"uuid": "MIG-1", "card_uuid": "GPU-1"}
-    assert preflight.check_training(asked(gpu=instance, training=["GPU-1"])) is not None
+    assert preflight.check_training(context(gpu=instance, training=["GPU-1"])) is not None
 
 
 OTHER = "  MIG 2g.35gb     Device  0: (UUID: MIG-57de94a5-be68-5b74-98a6-e7d1e21c58a7)\n"
@@ -119,15 +116,15 @@ def test_a_divided_card_is_asked_for_by_its_instance(
         return shell.Output(0, listed if "--list-gpus" in argv else mode, "")
 
     monkeypatch.setattr(shell, "run", run)
-    problem = preflight.check_mig(asked(gpu={"uuid": uuid}))
+    problem = preflight.check_mig(context(gpu={"uuid": uuid}))
     assert problem == says or (says and problem and says in problem)
-    assert preflight.check_mig(asked(gpu={"uuid": uuid}, force=["mig"])) is None
+    assert preflight.check_mig(context(gpu={"uuid": uuid}, force=["mig"])) is None
 
 
 def test_the_memory_of_a_divided_card_is_its_instances_affair(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = asked(gpu={"memory_used_mib": 1000})
+    full = context(gpu={"memory_used_mib": 1000})
     assert preflight.check_memory(full) is not None
-    monkeypatch.setattr(preflight, "is_divided", lambda _gpu: True)
+    monkeypatch.setattr(gpus, "is_divided", lambda _gpu: True)
     assert preflight.check_memory(full) is None
 
 
@@ -138,7 +135,7 @@ def drifted(**changes: Any) -> str | None:  # noqa: ANN401
         "gpu_device_id": "1",
         **changes.pop("state", {}),
     }
-    return preflight.check_drift(asked(state=state, **changes))
+    return identity.check_drift(context(state=state, **changes))
 
 
 def test_drift() -> None:
@@ -169,29 +166,29 @@ def test_no_drift(changes: dict[str, Any]) -> None:
     ("address", "key", "fine"), [("127.0.0.1", "", True), ("0.0.0.0", "", False), ("0.0.0.0", "k", True)]
 )
 def test_exposure(address: str, key: str, fine: bool) -> None:  # noqa: FBT001
-    one = asked(port={"published": "8000", "host_ip": address}, environment={"VLLM_API_KEY": key})
+    one = context(port={"published": "8000", "host_ip": address}, environment={"VLLM_API_KEY": key})
     assert (preflight.check_exposure(one) is None) == fine
 
 
 def test_a_model_by_its_path(tmp_path: Path) -> None:
     volume = {"type": "bind", "source": str(tmp_path), "target": "/models"}
-    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[volume])) is not None
+    assert preflight.check_model(context(command=["/models/tiny"], volumes=[volume])) is not None
     (tmp_path / "tiny").mkdir()
-    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[volume])) is None
-    assert preflight.check_model(asked(command=["org/model"], volumes=[volume])) is None
+    assert preflight.check_model(context(command=["/models/tiny"], volumes=[volume])) is None
+    assert preflight.check_model(context(command=["org/model"], volumes=[volume])) is None
 
 
 def test_a_directory_for_a_cache_that_is_not_there(tmp_path: Path) -> None:
     there = {"type": "bind", "source": str(tmp_path), "target": "/root/.cache/vllm"}
     missing = {"type": "bind", "source": str(tmp_path / "hf"), "target": "/root/.cache/huggingface"}
     named = {"type": "volume", "source": "vllm-models", "target": "/models"}
-    problem = preflight.check_caches(asked(command=["org/model"], volumes=[there, missing, named]))
+    problem = preflight.check_caches(context(command=["org/model"], volumes=[there, missing, named]))
     assert problem is not None
     assert f"There is no directory {tmp_path / 'hf'} on this host" in problem
-    assert preflight.check_caches(asked(command=["org/model"], volumes=[there, named])) is None
+    assert preflight.check_caches(context(command=["org/model"], volumes=[there, named])) is None
     # One cure for one cause: the model in it isn't asked for as well.
     missing["target"] = "/models"
-    assert preflight.check_model(asked(command=["/models/tiny"], volumes=[missing])) is None
+    assert preflight.check_model(context(command=["/models/tiny"], volumes=[missing])) is None
 
 
 @pytest.mark.parametrize(
@@ -199,7 +196,7 @@ def test_a_directory_for_a_cache_that_is_not_there(tmp_path: Path) -> None:
     [("20.10.24+dfsg1", (20, 10, 24)), ("v2.26.1-4", (2, 26, 1)), ("2.5", (2, 5)), ("dev", ())],
 )
 def test_versions(text: str, numbers: tuple[int, ...]) -> None:
-    assert preflight.version(text) == numbers
+    assert docker_command.version(text) == numbers
 
 
 @pytest.mark.parametrize(
@@ -211,22 +208,22 @@ def test_versions(text: str, numbers: tuple[int, ...]) -> None:
     ],
 )
 def test_the_engine(info: dict[str, Any], fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
-    monkeypatch.setattr(shell, "run", lambda _argv: shell.Output(0, json.dumps(info), ""))
+    monkeypatch.setattr(shell, "run", lambda *_a, **_k: shell.Output(0, json.dumps(info), ""))
     monkeypatch.setattr(shutil, "which", lambda _name: None)
-    assert (preflight.check_engine(asked()) is None) == fine
+    assert (preflight.check_engine(context()) is None) == fine
 
 
 @pytest.mark.parametrize("share", ["much", "", "0,9"])
 def test_a_share_of_memory_that_somebody_wrote_into_the_files(share: str) -> None:
     """It is vLLM that will refuse it; the role's own is checked before (settings.check)."""
     full = {"memory_used_mib": 1000}
-    assert preflight.check_memory(asked(gpu=full, command=["m", "--gpu-memory-utilization", share])) is None
+    assert preflight.check_memory(context(gpu=full, command=["m", "--gpu-memory-utilization", share])) is None
 
 
 @pytest.mark.parametrize("one", ["1", " 1", "1 ", "GPU-1", "gpu-1", "00000000:05:00.0", "05:00.0"])
 def test_a_training_id_that_is_a_gpu_of_the_host(one: str) -> None:
-    assert preflight.check_training_ids(asked(training=[one])) is None
-    assert preflight.check_training(asked(training=[one])) is not None
+    assert identity.check_training_ids(context(training=[one])) is None
+    assert preflight.check_training(context(training=[one])) is not None
 
 
 # The third one is 0000:41:00.0 without its quotes.
@@ -234,9 +231,9 @@ def test_a_training_id_that_is_a_gpu_of_the_host(one: str) -> None:
     "one", ["01", "2460.0", "GPU 1", "rtx", "GPU-", "-1", "1,2", "GPU-2", "2", "\uff101"]
 )
 def test_a_training_id_that_protects_nothing(monkeypatch: pytest.MonkeyPatch, one: str) -> None:
-    monkeypatch.setattr(preflight, "list_gpus", lambda: "GPU 1: Card (UUID: GPU-1)\n")
+    monkeypatch.setattr(shell, "run", lambda _: shell.Output(0, "GPU 1: Card (UUID: GPU-1)\n", ""))
     for force in ([], ["training"]):
-        problem = preflight.check_training_ids(asked(training=["1", one], force=force))
+        problem = identity.check_training_ids(context(training=["1", one], force=force))
         assert problem is not None
         assert f"names {json.dumps(one)}, but this host has no such GPU" in problem
         assert "1 (Card, GPU-1)" in problem
@@ -244,171 +241,25 @@ def test_a_training_id_that_protects_nothing(monkeypatch: pytest.MonkeyPatch, on
 
 def test_nothing_is_set_aside_by_an_empty_text() -> None:
     """As Ansible makes a list of `-e vllm_gpu_training_gpus=` or `="1, 3"`."""
-    for check in (preflight.check_training, preflight.check_training_ids):
-        assert check(asked(training=["", " "])) is None
-    assert preflight.check_training(asked(training=["0", " 1"])) is not None
+    for check in (preflight.check_training, identity.check_training_ids):
+        assert check(context(training=["", " "])) is None
+    assert preflight.check_training(context(training=["0", " 1"])) is not None
 
 
 def test_an_instance_that_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "list_gpus", lambda: LISTED + INSTANCE)
+    monkeypatch.setattr(shell, "run", lambda _: shell.Output(0, LISTED + INSTANCE, ""))
     for one, there in (
         ("MIG-41b3359c-e721-56e5-8009-12e5797ed514", True),
         ("MIG-41b3359c", False),
         ("MIG-", False),
     ):
-        assert (preflight.check_training_ids(asked(training=[one])) is None) == there
+        assert (identity.check_training_ids(context(training=[one])) is None) == there
 
 
 def test_every_lost_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "list_gpus", lambda: "")
-    problem = preflight.check_training_ids(asked(training=["8", "1", "GPU-x"]))
+    monkeypatch.setattr(shell, "run", lambda _: shell.Output(0, "", ""))
+    problem = identity.check_training_ids(context(training=["8", "1", "GPU-x"]))
     assert 'names "8", "GPU-x", but' in str(problem)
-
-
-@pytest.fixture
-def taken() -> Iterator[Callable[..., int]]:
-    """Listen on an address, on any port or on a given one."""
-    with contextlib.ExitStack() as ended:
-
-        def listen(address: str, port: int = 0) -> int:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            one = ended.enter_context(socket.socket(family))
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
-            one.bind((address, port))
-            one.listen()
-            return int(one.getsockname()[1])
-
-        yield listen
-
-
-def port_problem(address: str, port: int, **container_state: object) -> str | None:
-    state = {"container": container_state or None}
-    return preflight.check_port(asked(port={"published": str(port), "host_ip": address}, state=state))
-
-
-@pytest.mark.parametrize(
-    ("listens", "wanted", "clash"),
-    [
-        ("127.0.0.1", "127.0.0.1", True),
-        ("127.0.0.1", "127.0.0.2", False),
-        ("127.0.0.2", "127.0.0.1", False),
-        ("127.0.0.1", "0.0.0.0", True),
-        ("0.0.0.0", "127.0.0.2", True),
-        ("::1", "::1", True),
-        ("::1", "127.0.0.1", False),
-        ("127.0.0.1", "::1", False),
-        ("::", "127.0.0.1", True),
-        ("::", "::1", True),
-        ("127.0.0.1", "::", True),
-        ("0.0.0.0", "::1", False),
-    ],
-)
-def test_a_port_that_is_taken_names_who_listens(
-    taken: Callable[..., int],
-    listens: str,
-    wanted: str,
-    clash: bool,  # noqa: FBT001
-) -> None:
-    port = taken(listens)
-    (found,) = preflight.listeners(port)
-    assert (found.address, found.pid) == (listens, os.getpid())
-    assert preflight.overlap(listens, wanted) == clash
-    problem = port_problem(wanted, port)
-    if clash:
-        assert problem is not None
-        assert (
-            f"Port {port} on {wanted} is already in use by {found.program} (pid {os.getpid()}). End that"
-            in problem
-        )
-    else:
-        assert problem is None
-
-
-def test_a_port_that_nobody_has(taken: Callable[..., int]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    assert preflight.listeners(port) == []
-    assert port_problem("127.0.0.1", port) is None
-    # A client's side of a connection has a port, too, and listens on none.
-    server = taken("127.0.0.1")
-    with socket.create_connection(("127.0.0.1", server)) as client:
-        assert preflight.listeners(client.getsockname()[1]) == []
-
-
-@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
-def test_an_address_that_the_host_lacks(address: str) -> None:
-    problem = port_problem(address, 8000)
-    assert problem is not None
-    assert f"This host can't listen on {address} (vllm_gpu_bind_address): " in problem
-    # Also where the port is the one that the server has now.
-    mine = {"status": "running", "bindings": [{"address": address, "port": 8000}]}
-    assert port_problem(address, 8000, **mine) == problem
-
-
-def test_a_port_that_may_not_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_address: str, port: int) -> OSError | None:
-        return OSError(errno.EACCES, "Permission denied") if port else None
-
-    monkeypatch.setattr(preflight, "try_to_listen", refuse)
-    assert port_problem("127.0.0.1", 1) == (
-        "This host can't listen on port 1 of 127.0.0.1 (vllm_gpu_port): Permission denied."
-    )
-
-
-ENGINES = ("docker-proxy", "dockerd", "")
-
-
-@pytest.mark.parametrize("address", ["224.0.0.1", "127.255.255.255"])
-def test_an_address_that_nobody_can_connect_to(address: str) -> None:
-    assert port_problem(address, 8000) is not None
-
-
-@pytest.mark.parametrize("program", [*ENGINES, "python3"])
-@pytest.mark.parametrize("status", ["running", "restarting", "exited", "created"])
-@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
-@pytest.mark.parametrize("published_by", ["vllm-server", "grafana"])
-def test_a_port_that_the_engine_listens_on(  # noqa: PLR0913, PLR0917 - pytest hands them in
-    monkeypatch: pytest.MonkeyPatch,
-    taken: Callable[..., int],
-    program: str,
-    status: str,
-    bound: str,
-    published_by: str,
-) -> None:
-    """That of the server itself is free, while nobody took it between two of its starts."""
-    port = taken("127.0.0.1")
-    monkeypatch.setattr(preflight, "listeners", lambda _port: [preflight.Listener("127.0.0.1", program, 7)])
-    monkeypatch.setattr(shell, "run", lambda *_a, **_k: shell.Output(0, published_by + "\n", ""))
-    problem = port_problem("127.0.0.1", port, status=status, bindings=[{"address": bound, "port": port}])
-    alone = status == "restarting" and published_by == "vllm-server" and program in ENGINES
-    # One that runs couldn't without its port, whatever serves there (a rootless engine has no docker-proxy).
-    if bound == "127.0.0.1" and (status == "running" or alone):
-        assert problem is None
-    elif program == "python3":
-        assert "python3 (pid 7). End that program" in str(problem)
-    elif published_by == "grafana":
-        assert "container grafana. Stop that container" in str(problem)
-    else:
-        assert ("docker-proxy (pid 7)" if program == "docker-proxy" else "in use by ") in str(problem)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "clash"),
-    [
-        ("10.0.0.1", "10.0.0.1", True),
-        ("10.0.0.1", "10.0.0.2", False),
-        ("0.0.0.0", "10.0.0.2", True),
-        ("0.0.0.0", "::1", False),
-        ("::", "10.0.0.1", True),
-        ("::", "::1", True),
-        ("::", "0.0.0.0", True),
-        ("::1", "0:0:0:0:0:0:0:1", True),
-        ("::1", "::2", False),
-    ],
-)
-def test_addresses_that_overlap(one: str, other: str, clash: bool) -> None:  # noqa: FBT001
-    assert preflight.overlap(one, other) == preflight.overlap(other, one) == clash
 
 
 @pytest.mark.parametrize(
@@ -423,8 +274,8 @@ def test_addresses_that_overlap(one: str, other: str, clash: bool) -> None:  # n
 def test_a_project_that_is_somebody_elses(
     monkeypatch: pytest.MonkeyPatch, names: list[str], problem: str | None
 ) -> None:
-    monkeypatch.setattr(container, "names", lambda *_filters: names)
-    found = preflight.check_project(asked())
+    monkeypatch.setattr(shell, "run", lambda *_a, **_k: shell.Output(0, "\n".join(names), ""))
+    found = preflight.check_project(context())
     assert found is None if problem is None else problem in str(found)
 
 
@@ -437,9 +288,9 @@ def test_a_driver_that_lists_no_process(who: str, serving: bool, listed: list[in
         "container": {"id": "c"}, "serving": serving,
         "referee": {"processes_listed": True, "processes": [], "other_processes": [], who: listed},
     }  # fmt: skip
-    problem = preflight.check_listing(asked(state=state))
+    problem = preflight.check_listing(context(state=state))
     assert (problem is None) == fine
-    assert preflight.check_listing(asked(state={**state, "container": None})) is None
+    assert preflight.check_listing(context(state={**state, "container": None})) is None
 
 
 @pytest.mark.parametrize(
@@ -456,31 +307,8 @@ def test_an_engine_that_says_no_version_is_quoted(
     docker: Callable[..., object], out: str, err: str, said: str
 ) -> None:
     docker(out, err, 1)
-    problem = str(preflight.check_engine(asked()))
+    problem = str(preflight.check_engine(context()))
     assert problem.startswith(
         f"`docker info` doesn't tell the engine's version: {said}. Check the Docker service"
     )
     assert "None" not in problem
-
-
-@pytest.mark.parametrize(
-    ("words", "values"),
-    [
-        (["m", "--x", "1", "2", "--y"], ["1", "2"]),
-        (["m", "--x=1"], ["1"]),
-        (["m", "--x", "1", "--x", "2"], ["2"]),
-        (["m", "--x", "-1"], ["-1"]),
-        (["m", "--x"], []),
-        (["m", "--xy", "1"], []),
-        (["m", "--x", "a=b"], ["a=b"]),
-    ],
-)
-def test_an_options_values(words: list[str], values: list[str]) -> None:
-    assert preflight.option(words, "--x") == values
-
-
-def test_an_odd_row_of_another_card_is_no_match_and_no_traceback() -> None:
-    odd = {"index": None, "uuid": None, "pci_bus_id": None, "name": None}
-    assert not preflight.is_called(odd, "None")
-    assert not preflight.is_called(odd, "1")
-    assert preflight.describe([odd]) == "? (?, ?)"

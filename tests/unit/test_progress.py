@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from fleet.progress import CHANGING, Rollout, card_in_use, waves_of
+from fleet.progress import Rollout, card_in_use, waves_of
 
-ROLE = "/x/roles/vllm_gpu/tasks"
 CARDS = [{"index": n, "uuid": f"GPU-{n}", "name": f"Card {n}"} for n in (0, 1)]
 
 
@@ -35,41 +34,38 @@ class Feed:
         created = f"2026-11-22T10:{self.seconds // 60:02d}:{self.seconds % 60:02d}+00:00"
         self.rollout.feed({"event": event, "created": created, "event_data": data})
 
-    def play(self, pattern: str = "vllm_gpu") -> None:
-        self.put("playbook_on_play_start", play_pattern=pattern)
+    def play(self) -> None:
+        self.put("playbook_on_play_start")
 
-    def wave(self) -> None:
-        self.play(CHANGING)
-
-    def task(self, host: str, file: str, action: str, end: str = "ok", **res: Any) -> None:  # noqa: ANN401
-        data = {"host": host, "task_path": f"{ROLE}/{file}.yml:3", "task_action": f"mlops.vllm_gpu.{action}"}
+    def task(self, host: str, action: str, end: str = "ok", **res: Any) -> None:  # noqa: ANN401
+        data = {"host": host, "task_action": f"mlops.vllm_gpu.{action}"}
         self.put("runner_on_start", **data)
         self.put(f"runner_on_{end}", **data, res=res)
 
     def plan(self, *change: str, right: str = "") -> None:
         self.play()
         for host in "abc":
-            self.task(host, "preflight", "server_info", **look(0, recorded=host in right))
+            self.task(host, "server_info", **look(0, recorded=host in right))
         stats = {"data": {"vllm_gpu_rollout": {"to_change": list(change), "waves": [1, "100%"]}}}
         self.put(
             "runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats}
         )
 
     def change(self, host: str) -> None:
-        self.task(host, "preflight", "server_info", **look(0))
-        self.task(host, "remember", "server_info", **look(0, proven=True))
-        self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "server_up", changed=True)
-        self.task(host, "deploy", "wait_for_server", **look(1, proven=True))
+        self.task(host, "server_info", **look(0))
+        self.task(host, "server_info", **look(0, proven=True))
+        self.task(host, "server_files", changed=True)
+        self.task(host, "server_up", changed=True)
+        self.task(host, "wait_for_server", **look(1, proven=True))
 
     def fail(self, host: str, *, back: bool) -> None:
-        self.task(host, "preflight", "server_info", **look(0))
-        self.task(host, "configure", "server_files", changed=True)
-        self.task(host, "deploy", "server_up", changed=True)
-        self.task(host, "deploy", "wait_for_server", "failed", msg="It died.")
-        self.task(host, "restore", "server_record", changed=True)
-        self.task(host, "start_proven", "wait_for_server", **look(0, proven=back))
-        self.task(host, "change", "fail", "failed", msg="It died. Do this.")
+        self.task(host, "server_info", **look(0))
+        self.task(host, "server_files", changed=True)
+        self.task(host, "server_up", changed=True)
+        self.task(host, "wait_for_server", "failed", msg="It died.")
+        self.task(host, "server_snapshot", changed=True)
+        self.task(host, "wait_for_server", **look(0, proven=back))
+        self.task(host, "fail", "failed", msg="It died. Do this.")
 
     def end(self, **counted: dict[str, int]) -> dict[str, str]:
         self.put("playbook_on_stats", **{"failures": {}, "rescued": {}, "dark": {}, **counted})
@@ -93,7 +89,7 @@ def test_how_many_waves_serial_makes(count: int, sizes: list[object], waves: int
 def test_a_good_one(feed: Feed) -> None:
     feed.plan("a", "b", right="c")
     for host in "ab":
-        feed.wave()
+        feed.play()
         feed.change(host)
     assert feed.end() == {"a": "changed", "b": "changed", "c": "already_right"}
     report = feed.rollout.report()
@@ -108,7 +104,7 @@ def test_a_good_one(feed: Feed) -> None:
 
 def test_a_failed_host_is_put_back_or_not(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.wave()
+    feed.play()
     feed.fail("a", back=True)
     feed.fail("b", back=False)
     found = feed.end(failures={"a": 1, "b": 1}, rescued={"a": 1, "b": 1})
@@ -124,18 +120,18 @@ def test_a_failed_host_is_put_back_or_not(feed: Feed) -> None:
 
 def test_rescued_is_no_success_whatever_else_ansible_counts(feed: Feed) -> None:
     feed.plan("a")
-    feed.wave()
+    feed.play()
     feed.change("a")
     assert feed.end(rescued={"a": 1})["a"] == "failed"
 
 
 def test_refused_and_unreachable_before_anything(feed: Feed) -> None:
     feed.play()
-    feed.task("a", "preflight", "fail", "failed", msg="No such GPU. It could be 0.")
+    feed.task("a", "fail", "failed", msg="No such GPU. It could be 0.")
     # The look passes over it, so that it is refused with the others and not counted as dark.
-    feed.task("b", "preflight", "server_info", "unreachable", msg="ssh: no route")
-    feed.task("b", "preflight", "fail", "failed", msg="It can not be reached.")
-    feed.task("c", "preflight", "server_info", **look(0))
+    feed.task("b", "server_info", "unreachable", msg="ssh: no route")
+    feed.task("b", "fail", "failed", msg="It can not be reached.")
+    feed.task("c", "server_info", **look(0))
     assert feed.end(failures={"a": 1, "b": 1}) == {
         "a": "refused",
         "b": "unreachable",
@@ -151,9 +147,9 @@ def test_secrets_that_are_known_stay_out(feed: Feed) -> None:
     state = look(
         0, changes=[f"VLLM_MODEL: {secret}"], referee={"processes": [], "message": secret, "verdict": "ok"}
     )
-    feed.task("a", "preflight", "server_info", **state)
-    feed.task("a", "preflight", "fail", "failed", msg=f"A log says {secret}", module_stderr=secret)
-    feed.task("b", "preflight", "server_info", "unreachable", msg=f"ssh: {secret}")
+    feed.task("a", "server_info", **state)
+    feed.task("a", "fail", "failed", msg=f"A log says {secret}", module_stderr=secret)
+    feed.task("b", "server_info", "unreachable", msg=f"ssh: {secret}")
     hosts = feed.rollout.hosts
     assert hosts["a"].changes == ["VLLM_MODEL: (hidden)"]
     assert str(hosts["a"].error).startswith("A log says (hidden)\n(hidden)\n")
@@ -163,7 +159,7 @@ def test_secrets_that_are_known_stay_out(feed: Feed) -> None:
 def test_a_host_where_no_module_runs_says_why(feed: Feed) -> None:
     feed.play()
     said = {"msg": "No start of json char found", "module_stderr": "/bin/sh: 1: sudo: not found\n"}
-    feed.task("a", "preflight", "server_info", "failed", **said)
+    feed.task("a", "server_info", "failed", **said)
     feed.end(failures={"a": 1})
     assert "/bin/sh: 1: sudo: not found\nMend the way to this host" in (feed.rollout.hosts["a"].error or "")
 
@@ -171,38 +167,37 @@ def test_a_host_where_no_module_runs_says_why(feed: Feed) -> None:
 def test_a_change_that_was_cut_off_is_no_success(feed: Feed) -> None:
     """The last look before it showed a proven server: the old one."""
     feed.plan("a")
-    feed.wave()
-    feed.task("a", "remember", "server_info", **look(0, proven=True))
-    feed.task("a", "configure", "server_files", changed=True)
+    feed.play()
+    feed.task("a", "server_info", **look(0, proven=True))
+    feed.task("a", "server_files", changed=True)
     assert feed.end()["a"] == "failed"
 
 
 def test_a_killed_ansible_leaves_no_success_but_what_was_recorded_and_verified(feed: Feed) -> None:
     """No stats come then, and no other play begins."""
     feed.plan("a", "b", "c")
-    feed.wave()
+    feed.play()
     for host in "abc":
         feed.change(host)
-    feed.task("a", "verify", "server_info", **look(1, proven=True, recorded=True))
-    feed.task("b", "verify", "server_info", **look(1, proven=True, recorded=True))
-    feed.task("b", "verify", "fail", "failed", msg="Another GPU.")
+    feed.task("a", "server_info", **look(1, proven=True, recorded=True))
+    feed.task("b", "server_info", **look(1, proven=True, recorded=True))
+    feed.task("b", "fail", "failed", msg="Another GPU.")
     assert [host.outcome for host in feed.rollout.hosts.values()] == ["changed", "failed", "failed"]
     assert feed.rollout.outcome() == "failed"
 
 
 def test_a_server_that_ran_again_as_before_was_not_changed(feed: Feed) -> None:
     feed.plan("a")
-    feed.wave()
+    feed.play()
     feed.fail("a", back=True)
-    feed.task("a", "restore", "wait_for_server", **look(0, proven=True, recorded=True))
+    feed.task("a", "wait_for_server", **look(0, proven=True, recorded=True))
     assert feed.rollout.hosts["a"].outcome == "failed"
 
 
 def test_what_was_cut_off_while_the_server_was_replaced_was_touched(feed: Feed) -> None:
     feed.plan("a")
-    feed.wave()
-    where = {"task_path": f"{ROLE}/deploy.yml:3", "task_action": "mlops.vllm_gpu.server_up"}
-    feed.put("runner_on_start", host="a", **where)
+    feed.play()
+    feed.put("runner_on_start", host="a", task_action="mlops.vllm_gpu.server_up")
     assert feed.rollout.hosts["a"].outcome == "failed"
 
 
@@ -232,18 +227,19 @@ def test_the_card_in_use(process: dict[str, Any], card: int | None) -> None:
 
 def test_lost_in_the_middle(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.wave()
+    feed.play()
     feed.change("a")
-    feed.task("a", "verify", "server_info", "unreachable", msg="gone")
+    feed.task("a", "server_info", "unreachable", msg="gone")
+    assert feed.rollout.hosts["a"].phase == "verify"
     assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "untouched", "c": "untouched"}
     assert feed.rollout.outcome() == "failed"
 
 
 def test_stopped_on_request(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.wave()
+    feed.play()
     feed.change("a")
-    feed.wave()  # which ends before its first host
+    feed.play()  # which ends before its first host
     assert feed.end() == {"a": "changed", "b": "untouched", "c": "untouched"}
     report = feed.rollout.report(stopped=True)
     assert (report["outcome"], len(report["waves"])) == ("stopped", 1)
@@ -251,10 +247,10 @@ def test_stopped_on_request(feed: Feed) -> None:
 
 def test_a_server_that_was_not_there_has_no_downtime(feed: Feed) -> None:
     feed.play()
-    feed.task("a", "preflight", "server_info", **look(None))
+    feed.task("a", "server_info", **look(None))
     stats = {"data": {"vllm_gpu_rollout": {"to_change": ["a"], "waves": [1]}}}
     feed.put("runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats})
-    feed.wave()
+    feed.play()
     feed.change("a")
     feed.end()
     assert feed.rollout.report()["hosts"][0]["before"] is None

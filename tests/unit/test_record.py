@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import record
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import atomic, record
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
 RECORD = {"requested": "0", "gpu": {"uuid": "GPU-1"}, "image": "i", "image_id": "sha256:1", "models": ["m"]}
@@ -83,18 +83,6 @@ def test_a_record_that_others_could_write(project: Path, path: str) -> None:
         record.load(str(project), "current")
 
 
-def test_a_link_is_written_through(tmp_path: Path) -> None:
-    target, link = tmp_path / "etc/real", tmp_path / ".env"
-    target.parent.mkdir()
-    target.write_bytes(b"old")
-    link.symlink_to("etc/real")
-    record.write_whole(str(link), b"new", 0o640, (os.geteuid(), os.getegid()), 10**18)
-    assert str(link.readlink()) == "etc/real"
-    status = target.stat()
-    assert (target.read_bytes(), status.st_mode & 0o777, status.st_mtime_ns) == (b"new", 0o640, 10**18)
-    assert [path.name for path in target.parent.iterdir()] == ["real"]
-
-
 FILES = {"docker-compose.serving.yml": b"services: {}\n", ".env": b"GPU_DEVICE_ID=0\n\xff\r\n"}
 
 
@@ -142,12 +130,24 @@ def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: 
     def crash(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("point", "write_whole"):
+    for name in ("point", "write"):
         with monkeypatch.context() as patch:
-            patch.setattr(record, name, crash)
+            patch.setattr(atomic, name, crash)
             with pytest.raises(KeyboardInterrupt):
                 record.save(str(tmp_path), FILES, proof(2))
         assert kept(tmp_path, "current").record == proof(1)
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    target, link = tmp_path / "etc/real", tmp_path / ".env"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to("etc/real")
+    atomic.write(str(link), b"new", 0o640, (os.geteuid(), os.getegid()), 10**18)
+    assert str(link.readlink()) == "etc/real"
+    status = target.stat()
+    assert (target.read_bytes(), status.st_mode & 0o777, status.st_mtime_ns) == (b"new", 0o640, 10**18)
+    assert [path.name for path in target.parent.iterdir()] == ["real"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
@@ -161,6 +161,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        record.write_whole(str(path), b"new", 0o600)
+        atomic.write(str(path), b"new", 0o600)
     assert path.read_bytes() == b"old"
     assert [one.name for one in tmp_path.iterdir()] == [".env"]

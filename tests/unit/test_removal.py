@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import leftovers, record, removal, shell
-from ansible_collections.mlops.vllm_gpu.plugins.modules import server_removed, server_up
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    compose,
+    leftovers,
+    record,
+    removal,
+    shell,
+)
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container as containers
+from ansible_collections.mlops.vllm_gpu.plugins.modules import server_removed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +29,9 @@ def container(name: str = "vllm-server", **labels: str) -> dict[str, Any]:
     return {
         "Id": f"id-of-{name}",
         "Name": f"/{name}",
-        "State": {"StartedAt": "2026-01-01T00:00:00Z"},
+        "Image": "sha256:1",
+        "State": {"Status": "running", "ExitCode": 0, "StartedAt": "2026-01-01T00:00:00Z"},
+        "HostConfig": {},
         "Config": {
             "Image": "vllm/vllm-openai:v1",
             "Labels": {f"com.docker.compose.{names[key]}": value for key, value in labels.items()},
@@ -47,7 +56,7 @@ class Engine:
         if words[0] == "ps":
             return shell.Output(0, self.others if "network=net" in words else "\n".join(self.containers), "")
         if words[0] == "inspect":
-            return shell.Output(0, json.dumps([self.containers[one] for one in words[1:]]), "")
+            return shell.Output(0, json.dumps([self.containers[words[-1]]]), "")
         if words[:2] == ["network", "ls"]:
             return shell.Output(0, "net\n", "")
         self.changes.append(" ".join(words))
@@ -71,8 +80,8 @@ OURS = container(project="vllm-gpu", working_dir=HERE)
 @pytest.mark.parametrize("name", ["vllm-server", "0a1b2c_vllm-server"])
 def test_our_server_is_removed_by_its_id(monkeypatch: pytest.MonkeyPatch, project: str, name: str) -> None:
     docker = engine(monkeypatch, container(name, project=project, working_dir=HERE + "/"))
-    found = removal.find()
-    removal.check_owner(found, PROJECTS, HERE)
+    found = containers.find()
+    containers.check_owner(found, HERE)
     removal.remove(found)
     assert docker.changes == [f"stop id-of-{name}", f"rm --force id-of-{name}", "network rm net"]
 
@@ -94,7 +103,7 @@ def test_a_container_of_somebody_else_is_refused_by_name(
 ) -> None:
     docker = engine(monkeypatch, OURS, container("0a1b_vllm-server", **labels))
     with pytest.raises(shell.Problem, match=owner) as refusal:
-        removal.check_owner(removal.find(), PROJECTS, HERE)
+        containers.check_owner(containers.find(), HERE)
     assert "0a1b_vllm-server" in str(refusal.value)
     assert "Nothing was stopped or removed" in str(refusal.value)
     assert docker.changes == []
@@ -103,7 +112,7 @@ def test_a_container_of_somebody_else_is_refused_by_name(
 def test_a_server_that_is_still_there_is_not_called_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine(monkeypatch, OURS, stuck=True)
     with pytest.raises(shell.Problem, match=r"still a container vllm-server.*device or resource busy"):
-        removal.remove(removal.find())
+        removal.remove(containers.find())
 
 
 def test_an_engine_that_gives_no_answer_is_not_one_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +120,12 @@ def test_an_engine_that_gives_no_answer_is_not_one_without_a_server(monkeypatch:
         shell, "run", lambda *_words, **_options: shell.Output(1, "", "Cannot connect to the Docker daemon")
     )
     with pytest.raises(shell.Problem, match="can't be reached"):
-        removal.find()
+        containers.find()
 
 
 def test_a_network_that_another_container_belongs_to_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     docker = engine(monkeypatch, OURS, others="another\n")
-    removal.remove(removal.find())
+    removal.remove(containers.find())
     assert "network rm net" not in docker.changes
 
 
@@ -204,17 +213,17 @@ def test_env_keeps_its_users_keys_in_a_file_for_nobody_else(tmp_path: Path) -> N
     env.symlink_to("real")
     before = real.read_bytes()
     gone = [f"the role's keys and the comments in {env}"]
-    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=True) == (gone, [f"MINE in {env}"])
+    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=True) == (gone, [f"MINE in {env}"])
     assert real.read_bytes() == before
-    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == (gone, [f"MINE in {env}"])
+    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == (gone, [f"MINE in {env}"])
     assert (env.read_bytes(), real.read_bytes(), env.stat().st_mode & 0o777) == (
         b"MINE=1\n",
         b"MINE=1\n",
         0o600,
     )
-    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == ([], [f"MINE in {env}"])
+    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == ([], [f"MINE in {env}"])
     real.write_text("VLLM_API_KEY=s\n", encoding="utf-8")
-    assert server_removed.remove_env(str(tmp_path), KEYS, only_look=False) == (
+    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == (
         sorted([str(env), str(real)]),
         [],
     )
@@ -234,7 +243,7 @@ def test_a_directory_that_the_role_never_wrote_to_is_not_its_own(tmp_path: Path)
     [
         (
             shell.Output(1, "", "could not select device driver"),
-            "It reported: could not select device driver",
+            "It reported: could not select device driver\n.*Install the NVIDIA Container Toolkit",
         ),
         (shell.Output(1, "said so", ""), "It reported: said so"),
         (shell.Output(1, "", ""), "nothing, with exit code 1"),
@@ -247,7 +256,7 @@ def test_what_compose_reported_is_in_the_message(
 ) -> None:
     monkeypatch.setattr(shell, "run", lambda *_words, **_options: output)
     with pytest.raises(shell.Problem, match=reason):
-        server_up.compose_up(HERE, "vllm-gpu", always=False, timeout=5)
+        compose.up("vllm-gpu", HERE, always=False, timeout=5)
 
 
 def test_compose_gets_nothing_that_could_beat_env(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +269,7 @@ def test_compose_gets_nothing_that_could_beat_env(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shell, "run", run)
     for key in ("GPU_DEVICE_ID", "COMPOSE_FILE", "COMPOSE_PROFILES", "VLLM_START_PERIOD"):
         monkeypatch.setenv(key, "7")
-    server_up.compose_up(HERE, "vllm-gpu", always=True, timeout=5)
+    compose.up("vllm-gpu", HERE, always=True, timeout=5)
     assert "7" not in called["env"].values()
     assert {"PATH", "HOME"} <= set(called["env"])
     assert called["argv"][-1] == "--force-recreate"

@@ -78,7 +78,7 @@ def reads(hosts: str) -> Play:
     def play(feed: Feed) -> None:
         feed.play()
         for host in hosts:
-            feed.task(host, "preflight", "server_info", **look(0))
+            feed.task(host, "server_info", **look(0))
 
     return play
 
@@ -89,7 +89,7 @@ def breaks(_feed: Feed) -> None:
 
 def odd(feed: Feed) -> None:
     """An event that can't be read, and then all that belongs to a good play."""
-    feed.task("a", "preflight", "server_info", referee={}, proven=1)
+    feed.task("a", "server_info", referee={}, proven=1)
     reads("abc")(feed)
     stats(feed)
 
@@ -136,11 +136,11 @@ def changes(*, verified: str, end: bool) -> Play:
 
     def play(feed: Feed) -> None:
         feed.plan("a", "b", "c")
-        feed.wave()
+        feed.play()
         for host in "abc":
             feed.change(host)
         for host in verified:
-            feed.task(host, "verify", "server_info", **look(1, proven=True, recorded=True))
+            feed.task(host, "server_info", **look(1, proven=True, recorded=True))
         if end:
             stats(feed)
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container, engine, record, shell, snapshot
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
+    atomic,
+    container,
+    engine,
+    record,
+    restoration,
+    shell,
+    snapshot,
+)
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker as docker_command
 
 from tests.unit.test_engine import inspected
 
@@ -35,7 +45,8 @@ class Docker:
         raw = inspected(
             config={"Labels": labels, "Image": "vllm:1", "StopTimeout": 3}, Id=id_, Name=f"/{name}"
         )
-        raw["State"] = {"Running": running}
+        status = "running" if running else "exited"
+        raw["State"] = {"Running": running, "Status": status, "ExitCode": 0, "StartedAt": ""}
         self.containers[id_] = raw
         return raw
 
@@ -49,7 +60,9 @@ class Docker:
             one = self.find(words[-1])
             return shell.Output(0, json.dumps([one]), "") if one else MISSING
         if verb == "ps":
-            return shell.Output(0, "\n".join(self.containers), "")
+            pattern = words[-1].removeprefix("name=")
+            ids = [id_ for id_, raw in self.containers.items() if re.search(pattern, raw["Name"])]
+            return shell.Output(0, "\n".join(ids), "")
         if verb == "image" and words[0] == "inspect":
             found = self.images.get(words[-1])
             return shell.Output(0, found, "") if found else shell.Output(1, "", "No such image: x")
@@ -114,7 +127,7 @@ def take(project: Path, *, proven: bool = True, images: tuple[str, ...] = ("vllm
 
 
 def overwrite(path: Path) -> None:
-    record.write_whole(str(path), b"new", 0o600, (0, 0) if os.geteuid() == 0 else None)
+    atomic.write(str(path), b"new", 0o600, (0, 0) if os.geteuid() == 0 else None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,7 @@ def test_a_file_comes_back_by_all_that_it_was(
     before = {path.name: found(path) for path in project.iterdir()}
     take(project)
     harm(project / name)
-    done = snapshot.restore_files(snapshot.load(str(project)) or {})
+    done = restoration.restore_files(snapshot.load(str(project)) or {})
     assert {path.name: found(path) for path in project.iterdir() if path.is_file()} == before
     assert done.restored == [str(project / name)]
     assert (done.removed, done.failed) == ([], [])
@@ -143,14 +156,14 @@ def test_a_file_comes_back_by_all_that_it_was(
 
 def test_what_did_not_change_is_not_named(project: Path) -> None:
     kept = take(project)
-    assert snapshot.restore_files(kept) == snapshot.Outcome([], [], [])
+    assert restoration.restore_files(kept) == restoration.Outcome([], [], [])
 
 
 def test_what_was_not_there_goes_again(project: Path) -> None:
     (project / "check_gpu_allocation.sh").unlink()
     kept = take(project)
     overwrite(project / "check_gpu_allocation.sh")
-    assert snapshot.restore_files(kept) == snapshot.Outcome(
+    assert restoration.restore_files(kept) == restoration.Outcome(
         [], [str(project / "check_gpu_allocation.sh")], []
     )
     assert not (project / "check_gpu_allocation.sh").exists()
@@ -167,7 +180,7 @@ def test_a_link_stays_one_and_what_it_leads_to_comes_back(project: Path, danglin
     kept = take(project)
     overwrite(project / ".env")
     assert real.read_bytes() == b"new"
-    snapshot.restore_files(kept)
+    restoration.restore_files(kept)
     assert str((project / ".env").readlink()) == "../real"
     assert real.exists() != dangling
     assert dangling or found(project / ".env") == before
@@ -180,7 +193,7 @@ def test_nothing_is_left_where_nothing_was(docker: Docker) -> None:
         overwrite(project / name)
     (project / ".vllm_gpu.killed").touch()
     (project / ".proven/state.half").mkdir()
-    snapshot.restore_files(kept)
+    restoration.restore_files(kept)
     assert snapshot.drop(str(project)) == [f"{project}/.proven", str(project), str(project.parent)]
     assert not project.parent.exists()
 
@@ -188,7 +201,7 @@ def test_nothing_is_left_where_nothing_was(docker: Docker) -> None:
 def test_what_others_have_put_there_stays(docker: Docker) -> None:
     kept = take(docker.directory)
     (docker.directory / "notes.txt").touch()
-    snapshot.restore_files(kept)
+    restoration.restore_files(kept)
     assert snapshot.drop(str(docker.directory)) == [f"{docker.directory}/.proven"]
     assert [path.name for path in docker.directory.iterdir()] == ["notes.txt"]
 
@@ -218,12 +231,12 @@ def test_what_is_proven_is_what_it_was(project: Path) -> None:
     recorded(project)
     kept = take(project)
     keep = str(project / ".proven")
-    before = record.target(keep, "current")
+    before = atomic.target(keep, "current")
     (project / ".proven/state.half").mkdir()
-    record.point(keep, "previous", before or "")
-    record.point(keep, "current", "state.half")
-    snapshot.restore_files(kept)
-    assert (record.target(keep, "current"), record.target(keep, "previous")) == (before, None)
+    atomic.point(keep, "previous", before or "")
+    atomic.point(keep, "current", "state.half")
+    restoration.restore_files(kept)
+    assert (atomic.target(keep, "current"), atomic.target(keep, "previous")) == (before, None)
 
 
 # --- a change that was interrupted --------------------------------------------------
@@ -242,7 +255,7 @@ def test_after_an_interrupted_change_its_beginning_counts(project: Path, docker:
     assert kept["interrupted"]
     assert kept["container"]["Id"] == OLD
     assert kept["images"] == {"vllm:1": "sha256:1", "vllm:3": None}
-    snapshot.restore_files(kept)
+    restoration.restore_files(kept)
     assert found(project / ".env") == before
 
 
@@ -255,7 +268,7 @@ def test_what_a_person_has_edited_since_an_interrupted_change_stays(project: Pat
     edited = found(project / ".env")
     kept = take(project, proven=False)
     overwrite(project / ".env")
-    snapshot.restore_files(kept)
+    restoration.restore_files(kept)
     assert found(project / ".env") == edited
 
 
@@ -288,7 +301,7 @@ def test_the_container_is_made_again(project: Path, docker: Docker) -> None:
     docker.add(NEW)
     docker.add("c" * 64, name="aaaaaaaaaaaa_vllm-server")
     docker.add("d" * 64, name="my-vllm-server")
-    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert docker.done == [
         f"stop {NEW}", f"rm --force {NEW}", f"stop {'c' * 64}", f"rm --force {'c' * 64}",
         "create vllm-server from vllm:1 as a",
@@ -302,7 +315,7 @@ def test_a_name_that_means_another_image_is_not_made_from(project: Path, docker:
     docker.images["vllm:1"] = "sha256:2"  # moved before this change, by somebody
     kept = take(project)
     del docker.containers[OLD]
-    snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert docker.done == ["create vllm-server from sha256:1 as a"]
 
 
@@ -312,38 +325,38 @@ def test_the_old_container_gets_its_name_back(project: Path, docker: Docker) -> 
     kept = json.loads(json.dumps(kept))
     raw["Name"], raw["State"]["Running"] = f"/{OLD[:12]}_vllm-server", False
     docker.add(NEW)
-    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert docker.done == [f"stop {NEW}", f"rm --force {NEW}", f"rename {OLD} vllm-server"]
     assert done.restored == ["the name of the container vllm-server"]
     raw["Name"] = "/vllm-server"
-    assert snapshot.must_start(kept)
+    assert restoration.must_start(kept)
     raw["State"]["Running"] = True
-    assert not snapshot.must_start(kept)
+    assert not restoration.must_start(kept)
 
 
 def test_one_that_was_stopped_is_stopped_again_and_not_started(project: Path, docker: Docker) -> None:
     raw = docker.add(OLD, running=False)
     kept = json.loads(json.dumps(take(project)))
     raw["State"]["Running"] = True
-    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).restored == [
+    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).restored == [
         "the container vllm-server, stopped as before"
     ]
     assert docker.done == [f"stop {OLD}"]
     raw["State"]["Running"] = False
-    assert not snapshot.must_start(kept)
+    assert not restoration.must_start(kept)
 
 
 def test_somebody_elses_container_is_not_removed(project: Path, docker: Docker) -> None:
     kept = take(project)
     docker.add(NEW, where="/srv/elsewhere")
-    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).removed == []
+    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).removed == []
     assert docker.done == []
 
 
 def test_an_image_gets_its_name_back_and_a_pulled_one_stays(project: Path, docker: Docker) -> None:
     kept = take(project, images=("vllm:1", "vllm:2"))
     docker.images.update({"vllm:1": "sha256:2", "vllm:2": "sha256:2"})
-    assert snapshot.restore_engine(kept, snapshot.Outcome([], [], [])).restored == ["the image vllm:1"]
+    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).restored == ["the image vllm:1"]
     assert docker.done == ["image tag sha256:1 vllm:1"]
 
 
@@ -359,7 +372,7 @@ def test_networks_of_the_change_go_and_those_that_were_there_stay_or_come_back(
         network("1", "stays"), network("3", "vllm-gpu_default"), network("4", "used", Containers={"x": {}}),
         network("5", "mine", Labels={}),
     ]  # fmt: skip
-    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert docker.done == ["network rm 3", "create gone"]
     assert (done.restored, done.removed) == (["the network gone"], ["the network vllm-gpu_default"])
 
@@ -401,7 +414,7 @@ def test_one_thing_that_cannot_be_put_back_keeps_no_other(
         return shell.Output(1, "", "no") if argv[1:3] == ["image", "tag"] else run(argv, **options)
 
     monkeypatch.setattr(shell, "run", failing)
-    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert done.failed == ["`docker image tag sha256:1 vllm:1` failed with exit code 1: no"]
     assert done.removed == ["the container that failed"]
 
@@ -424,7 +437,7 @@ def test_what_else_fails_costs_no_server(
         return shell.Output(1, "", "no") if argv[1:3] == step else run(argv, **options)
 
     monkeypatch.setattr(shell, "run", failing)
-    done = snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
     assert len(done.failed) == 1
     assert any("the container vllm-server" in one for one in done.restored)
 
@@ -442,12 +455,12 @@ def test_an_engine_that_goes_away_in_the_middle_is_no_failed_step(
         return answer if argv[1] == step else run(argv, **options)
 
     monkeypatch.setattr(shell, "run", away)
-    with pytest.raises(container.Unanswered):
-        snapshot.restore_engine(kept, snapshot.Outcome([], [], []))
+    with pytest.raises(docker_command.Unanswered):
+        restoration.restore_engine(kept, restoration.Outcome([], [], []))
 
 
 def test_an_engine_that_is_away_is_waited_for(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([container.Unanswered("away"), container.Unanswered("away"), None])
+    answers = iter([docker_command.Unanswered("away"), docker_command.Unanswered("away"), None])
 
     def inspect() -> None:
         answer = next(answers)
@@ -457,7 +470,7 @@ def test_an_engine_that_is_away_is_waited_for(docker: Docker, monkeypatch: pytes
     assert docker
     monkeypatch.setattr(container, "inspect", inspect)
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
-    snapshot.wait_for_engine(10)
-    answers = iter([container.Unanswered("away")] * 2)
-    with pytest.raises(container.Unanswered):
-        snapshot.wait_for_engine(0)
+    restoration.wait_for_engine(10)
+    answers = iter([docker_command.Unanswered("away")] * 2)
+    with pytest.raises(docker_command.Unanswered):
+        restoration.wait_for_engine(0)

@@ -31,9 +31,9 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "Looking at every host before the first is touched: 0 of 3" in shown()
     feed.plan("a", "b", "c")
-    feed.wave()
-    feed.task("a", "preflight", "server_info")
-    feed.task("a", "configure", "server_files")
+    feed.play()
+    feed.task("a", "server_info")
+    feed.task("a", "server_files")
     text = shown()
     assert "a GPU 0 → GPU 1 configure" in text
     assert "0 of 3 hosts" in text

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Put the host back as a snapshot has it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import time
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+
+from . import atomic, container, docker, engine, gpus, paths, shell, snapshot
+from .container import CONTAINER, PROJECT_LABEL
+from .shell import Problem
+
+
+class Outcome(NamedTuple):
+    """What was done to be as before, in words for a person, and what could not be done."""
+
+    restored: list[str]
+    removed: list[str]
+    failed: list[str]
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Go on with the next thing where this one can't be put back."""
+        try:
+            yield
+        except docker.Unanswered:
+            raise
+        except Problem as problem:
+            self.failed.append(str(problem))
+        except OSError as error:
+            self.failed.append(f"{error.filename or 'A file'} could not be written: {error.strerror}.")
+
+
+def restore_files(kept: Mapping[str, Any]) -> Outcome:
+    """Put the files, and the links to what was proven, back as they were found."""
+    done = Outcome([], [], [])
+    for path, before in kept["files"].items():
+        with done.step():
+            _restore_file(path, before, done)
+    for path, target in kept["links"].items():
+        with done.step():
+            _restore_link(path, target)
+    for directory in kept["missing"]:
+        with done.step():
+            _clear(directory)
+    return done
+
+
+def _restore_file(path: str, before: Mapping[str, Any], done: Outcome) -> None:
+    now = snapshot.read_file(path)
+    if now == before:
+        return
+    if now["link"] != before["link"]:
+        _replace_link(path, before["link"])
+    if before["content"] is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.realpath(path))
+            done.removed.append(path)
+        return
+    content = base64.b64decode(before["content"])
+    atomic.write(path, content, before["mode"], tuple(before["owner"]), before["modified"])
+    done.restored.append(path)
+
+
+def _replace_link(path: str, target: str | None) -> None:
+    """Make `path` a link to `target`, or no link where there was none."""
+    if target is not None:
+        atomic.point(os.path.dirname(path), os.path.basename(path), target)
+    elif os.path.islink(path):
+        os.unlink(path)
+
+
+def _restore_link(path: str, target: str | None) -> None:
+    """Let what counts as proven be what it was, as long as it's there."""
+    keep, name = os.path.split(path)
+    if atomic.target(keep, name) == target:
+        return
+    if target is None:
+        os.unlink(path)
+    elif os.path.isdir(os.path.join(keep, target)):
+        atomic.point(keep, name, target)
+
+
+def _clear(directory: str) -> None:
+    """Remove what the change has left half-written in a directory that it has made."""
+    for name in os.listdir(directory) if os.path.isdir(directory) else []:
+        path = os.path.join(directory, name)
+        if name.startswith(atomic.TEMPORARY):
+            os.unlink(path)
+        elif os.path.basename(directory) == paths.PROVEN and name != paths.BEFORE:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
+    """Put the images' names, the container and its networks back as they were found; start nothing."""
+    for image, wanted in kept["images"].items():
+        with done.step():
+            _restore_image(image, wanted, done)
+    used: list[str] = []
+    with done.step():
+        _remove_others(kept, used, done)
+    # Before the others are made, as their addresses may be taken; one that can't be removed must not cost the server.
+    with done.step():
+        _remove_networks(kept, used, done)
+    with done.step():
+        _make_networks(kept, done)
+        _restore_container(kept, done)
+    return done
+
+
+def _restore_image(image: str, wanted: str | None, done: Outcome) -> None:
+    """Give an image its name back; one that was pulled for the change stays."""
+    if wanted is None or container.image_id(image) == wanted:
+        return
+    docker.do("image", "tag", wanted, image)
+    done.restored.append(f"the image {image}")
+
+
+def _stop(found: Mapping[str, Any]) -> None:
+    docker.do("stop", found["id"], timeout=found["stop_timeout"] + shell.TIMEOUT)
+
+
+def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
+    """Remove what the change has made in the container's place; add the networks that it was on to `networks`."""
+    here = os.path.realpath(kept["project_dir"])
+    for found in container.find():
+        if (
+            found["id"] == snapshot.container_id(kept)
+            or os.path.realpath(found["project_dir"] or "/") != here
+        ):
+            continue
+        networks.extend(found["networks"])
+        _stop(found)
+        docker.do("rm", "--force", found["id"])
+        done.removed.append("the container that failed")
+
+
+def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
+    """Make the networks again that the change has removed."""
+    names = {
+        network["Name"] for network in snapshot.networks([network["Name"] for network in kept["networks"]])
+    }
+    for network in kept["networks"]:
+        if network["Name"] not in names:
+            engine.create_network(network)
+            done.restored.append(f"the network {network['Name']}")
+
+
+def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
+    """Remove the networks that the change has made for itself."""
+    before = {network["Name"] for network in kept["networks"]}
+    for network in snapshot.networks(used):
+        if (
+            network["Name"] not in before
+            and PROJECT_LABEL in (network["Labels"] or {})
+            and not network["Containers"]
+        ):
+            with done.step():
+                docker.do("network", "rm", network["Id"])
+                done.removed.append(f"the network {network['Name']}")
+
+
+def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
+    """Have the container that was there under its name, made again where it is gone."""
+    before = kept["container"]
+    if before is None:
+        return
+    now = container.inspect(before["Id"])
+    if now is None:
+        # By its name, if that still means its image: `docker ps` shows it.
+        name = before["Config"]["Image"]
+        image = name if container.image_id(name) == before["Image"] else before["Image"]
+        engine.create(before, CONTAINER, image)
+        done.restored.append(f"the container {CONTAINER}, with the settings that it had")
+        return
+    if now["Name"] != before["Name"]:
+        docker.do("rename", before["Id"], CONTAINER)
+        done.restored.append(f"the name of the container {CONTAINER}")
+    if now["State"]["Running"] and not before["State"]["Running"]:
+        _stop(container.describe(now))
+        done.restored.append(f"the container {CONTAINER}, stopped as before")
+
+
+def wait_for_engine(seconds: float) -> None:
+    """Wait while the engine is away, as during a restart; Unanswered where that takes longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            container.inspect()
+        except docker.Unanswered:  # noqa: PERF203 - a second passes between two tries
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def must_start(kept: Mapping[str, Any]) -> bool:
+    """Say whether the container ran and doesn't now."""
+    if not kept["container"] or not kept["container"]["State"]["Running"]:
+        return False
+    now = container.inspect()
+    return now is not None and not now["State"]["Running"]
+
+
+def wait_for_memory(seconds: float = 30) -> None:
+    """Wait until the driver gives no more memory back: a server that was just removed may still hold some."""
+    deadline, before = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        now = gpus.memory_in_use()
+        if before is not None and now >= before:
+            return
+        before = now
+        time.sleep(1)
+
+
+def start() -> None:
+    """Start the container."""
+    # NVIDIA's hook may take its time.
+    docker.do("start", CONTAINER, timeout=6 * shell.TIMEOUT)
+
+
+def new_volumes(kept: Mapping[str, Any]) -> list[str]:
+    """Return the volumes that the change has made: they stay, as they may hold hours of downloads."""
+    return [name for name in snapshot.volumes() if name not in kept["volumes"]]

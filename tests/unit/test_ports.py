@@ -1,0 +1,158 @@
+"""Who has a port, by real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import ports, shell
+
+
+@pytest.fixture
+def taken() -> Iterator[Callable[..., int]]:
+    """Listen on an address, on any port or on a given one."""
+    with contextlib.ExitStack() as ended:
+
+        def listen(address: str, port: int = 0) -> int:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            one = ended.enter_context(socket.socket(family))
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address != "::"))
+            one.bind((address, port))
+            one.listen()
+            return int(one.getsockname()[1])
+
+        yield listen
+
+
+def port_problem(address: str, port: int, **container: Any) -> str | None:  # noqa: ANN401
+    return ports.problem(address, port, container or None)
+
+
+@pytest.mark.parametrize(
+    ("listens", "wanted", "clash"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("127.0.0.2", "127.0.0.1", False),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("0.0.0.0", "127.0.0.2", True),
+        ("::1", "::1", True),
+        ("::1", "127.0.0.1", False),
+        ("127.0.0.1", "::1", False),
+        ("::", "127.0.0.1", True),
+        ("::", "::1", True),
+        ("127.0.0.1", "::", True),
+        ("0.0.0.0", "::1", False),
+    ],
+)
+def test_a_port_that_is_taken_names_who_listens(
+    taken: Callable[..., int],
+    listens: str,
+    wanted: str,
+    clash: bool,  # noqa: FBT001
+) -> None:
+    port = taken(listens)
+    (found,) = ports.listeners(port)
+    assert (found.address, found.pid) == (listens, os.getpid())
+    assert ports.overlap(listens, wanted) == clash
+    problem = port_problem(wanted, port)
+    if clash:
+        assert problem is not None
+        assert (
+            f"Port {port} on {wanted} is already in use by {found.program} (pid {os.getpid()}). End that"
+            in problem
+        )
+    else:
+        assert problem is None
+
+
+def test_a_port_that_nobody_has(taken: Callable[..., int]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    assert ports.listeners(port) == []
+    assert port_problem("127.0.0.1", port) is None
+    # A client's side of a connection has a port, too, and listens on none.
+    server = taken("127.0.0.1")
+    with socket.create_connection(("127.0.0.1", server)) as client:
+        assert ports.listeners(client.getsockname()[1]) == []
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
+def test_an_address_that_the_host_lacks(address: str) -> None:
+    problem = port_problem(address, 8000)
+    assert problem is not None
+    assert f"This host can't listen on {address} (vllm_gpu_bind_address): " in problem
+    # Also where the port is the one that the server has now.
+    mine = {"status": "running", "bindings": [{"address": address, "port": 8000}]}
+    assert port_problem(address, 8000, **mine) == problem
+
+
+def test_a_port_that_may_not_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_address: str, port: int) -> OSError | None:
+        return OSError(errno.EACCES, "Permission denied") if port else None
+
+    monkeypatch.setattr(ports, "try_to_listen", refuse)
+    assert port_problem("127.0.0.1", 1) == (
+        "This host can't listen on port 1 of 127.0.0.1 (vllm_gpu_port): Permission denied."
+    )
+
+
+ENGINES = ("docker-proxy", "dockerd", "")
+
+
+@pytest.mark.parametrize("address", ["224.0.0.1", "127.255.255.255"])
+def test_an_address_that_nobody_can_connect_to(address: str) -> None:
+    assert port_problem(address, 8000) is not None
+
+
+@pytest.mark.parametrize("program", [*ENGINES, "python3"])
+@pytest.mark.parametrize("status", ["running", "restarting", "exited", "created"])
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("published_by", ["vllm-server", "grafana"])
+def test_a_port_that_the_engine_listens_on(  # noqa: PLR0913, PLR0917 - pytest hands them in
+    monkeypatch: pytest.MonkeyPatch,
+    taken: Callable[..., int],
+    program: str,
+    status: str,
+    bound: str,
+    published_by: str,
+) -> None:
+    """That of the server itself is free, while nobody took it between two of its starts."""
+    port = taken("127.0.0.1")
+    monkeypatch.setattr(ports, "listeners", lambda _port: [ports.Listener("127.0.0.1", program, 7)])
+    monkeypatch.setattr(shell, "run", lambda *_a, **_k: shell.Output(0, published_by + "\n", ""))
+    problem = port_problem("127.0.0.1", port, status=status, bindings=[{"address": bound, "port": port}])
+    alone = status == "restarting" and published_by == "vllm-server" and program in ENGINES
+    # One that runs couldn't without its port, whatever serves there (a rootless engine has no docker-proxy).
+    if bound == "127.0.0.1" and (status == "running" or alone):
+        assert problem is None
+    elif program == "python3":
+        assert "python3 (pid 7). End that program" in str(problem)
+    elif published_by == "grafana":
+        assert "container grafana. Stop that container" in str(problem)
+    else:
+        assert ("docker-proxy (pid 7)" if program == "docker-proxy" else "in use by ") in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "clash"),
+    [
+        ("10.0.0.1", "10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("0.0.0.0", "10.0.0.2", True),
+        ("0.0.0.0", "::1", False),
+        ("::", "10.0.0.1", True),
+        ("::", "::1", True),
+        ("::", "0.0.0.0", True),
+        ("::1", "0:0:0:0:0:0:0:1", True),
+        ("::1", "::2", False),
+    ],
+)
+def test_addresses_that_overlap(one: str, other: str, clash: bool) -> None:  # noqa: FBT001
+    assert ports.overlap(one, other) == ports.overlap(other, one) == clash
