@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import light_template
-from gpuhost import PLUGIN
 from light_host import CONTAINER, Answer, Container, Host, RefusedError, image_id, read_json, write_json
+from machine import PLUGIN
 
 LABEL = "com.docker.compose"
 SERVICE = "vllm"

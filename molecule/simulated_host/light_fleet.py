@@ -43,8 +43,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpuhost import HERE, PLUGIN, ROOT, HostError, fault_settings
+from gpuhost import fault_settings
 from light_host import FAULTS, Host, read_json, write_json
+from machine import HERE, PLUGIN, ROOT, HostError
 
 FLEET = ROOT / ".cache/light-fleet"
 FIRST_PORT = 20000

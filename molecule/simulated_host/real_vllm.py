@@ -20,7 +20,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-from gpuhost import CACHE, HERE, ROOT, Host, HostError, docker_command, libraries, stand_in_layer, step
+from hosts import Host
+from images import libraries, stand_in_layer
+from machine import CACHE, HERE, ROOT, HostError, docker_command, step
 
 VERSION = "0.32.0"
 IMAGE = f"vllm/vllm-openai-cpu:v{VERSION}"

@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
 
-from gpuhost import ROOT, HostError
 from light_fleet import Fleet
 from light_host import IMAGE, Host, read_json
+from machine import ROOT, HostError
 
 from tests.bench.tables import machine, print_row
 

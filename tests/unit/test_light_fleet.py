@@ -17,9 +17,9 @@ from urllib.request import Request, urlopen
 
 import light_template
 import pytest
-from gpuhost import PLUGIN, HostError
 from light_fleet import FIRST_PORT, Fleet
 from light_host import IMAGE, Container, read_json
+from machine import PLUGIN, HostError
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "molecule/simulated_host/cards.json"
