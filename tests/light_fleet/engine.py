@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.light_fleet.cards import read_json, smi, write_json
-from tests.light_fleet.host import Container, Host, RefusedError, image_id
+from tests.light_fleet.container import Container
+from tests.light_fleet.host import Host, RefusedError, image_id
 from tests.light_fleet.http import Reply, Request, serve
 
 ENGINE = "20.10.24"

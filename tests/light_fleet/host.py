@@ -1,4 +1,4 @@
-"""One light host as its engine knows it: images, containers, what they are given, and the API of the server in one."""
+"""One light host as its engine knows it: its images, containers and ports, and the API of the server in one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import io
 import os
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import vllm_stand_in
 from images import DEFAULT_IMAGE
 
 from tests.light_fleet.cards import Card, Driver, read_json, write_json
+from tests.light_fleet.container import PROCESSES, Container
 from tests.light_fleet.http import Reply, Request, serve
-
-# Above every PID that a kernel gives, so that no fake one is another's.
-FIRST_PID = 2**22 + 8
-PROCESSES = ("docker-init", "vllm", "python3", "VLLM::EngineCor")
-# How long a server lives that crashes while it starts; seconds.
-CRASH_AFTER = 0.3
 
 FAULTS = {
     "crash": "servers that are given this card (index, or any) crash while they start",
@@ -44,132 +38,6 @@ class RefusedError(Exception):
         """Say so with that status."""
         super().__init__(message)
         self.status = status
-
-
-class Life(NamedTuple):
-    """What has become of a container until now."""
-
-    status: str
-    restarts: int = 0
-    started: float = 0
-    exit_code: int = 0
-
-
-@dataclasses.dataclass
-class Container:
-    """What the engine knows of a container."""
-
-    id: str
-    name: str
-    number: int  # its processes have PIDs of their own
-    created: float
-    body: dict[str, Any]  # what it was created from
-    image_id: str
-    started: float = 0
-    stopped: bool = False
-    error: str = ""
-    # What it was given when it was started.
-    cards: list[str] = dataclasses.field(default_factory=list)
-    names: list[str] = dataclasses.field(default_factory=list)
-    crash: str = ""
-    delay: float = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the host does for it: cards, ports, restarts."""
-        return dict(self.body["HostConfig"])
-
-    @property
-    def restart(self) -> str:
-        """The restart policy."""
-        return str((self.settings.get("RestartPolicy") or {}).get("Name") or "no")
-
-    @property
-    def ports(self) -> list[tuple[str, int]]:
-        """The addresses and ports of this machine that lead to it."""
-        bindings = (self.settings.get("PortBindings") or {}).values()
-        return [(one["HostIp"] or "0.0.0.0", int(one["HostPort"])) for each in bindings for one in each]
-
-    def environment(self, name: str) -> str:
-        """Return one of its environment variables."""
-        pairs: dict[str, str] = dict(one.partition("=")[::2] for one in self.body.get("Env") or [])
-        return pairs.get(name, "")
-
-    def pids(self) -> dict[str, int]:
-        """Return its processes by name, as the host sees them."""
-        return {name: FIRST_PID + self.number * 8 + n for n, name in enumerate(PROCESSES)}
-
-    def life(self) -> Life:
-        """Return what has become of it until now."""
-        if self.error or not self.started:
-            return Life("created", exit_code=128 if self.error else 0)
-        if self.stopped:
-            return Life("exited", 0, self.started)
-        if not self.crash:
-            return Life("running", 0, self.started)
-        now, begin, restarts = time.time(), self.started, 0
-        while now >= begin + CRASH_AFTER:
-            if self.restart == "no":
-                return Life("exited", 0, begin, 1)
-            # As the engine does: after 0.1 s, and twice as long each time.
-            again = begin + CRASH_AFTER + min(0.1 * 2**restarts, 60)
-            if now < again:
-                return Life("restarting", restarts, begin, 1)
-            begin, restarts = again, restarts + 1
-        return Life("running", restarts, begin)
-
-    def loaded(self) -> float:
-        """Return how far the server is: 0 just started, 1 and more answers."""
-        if self.crash or self.life().status != "running":
-            return 0
-        return (time.time() - self.started) / self.delay if self.delay else 1
-
-    def document(self) -> dict[str, Any]:
-        """Return what `docker inspect` shows of it."""
-        life = self.life()
-        running = life.status == "running"
-        config = {key: one for key, one in self.body.items() if key not in ("HostConfig", "NetworkingConfig")}
-        asked = (self.body.get("NetworkingConfig") or {}).get("EndpointsConfig")
-        networks = asked or {self.settings.get("NetworkMode") or "bridge": {}}
-        return {
-            "Id": self.id,
-            "Created": moment(self.created),
-            "Name": f"/{self.name}",
-            "State": {
-                "Status": life.status,
-                "Running": life.status in ("running", "restarting"),
-                "Restarting": life.status == "restarting",
-                "Pid": self.pids()[PROCESSES[0]] if running else 0,
-                "ExitCode": life.exit_code,
-                "Error": self.error,
-                "StartedAt": moment(life.started),
-                **(
-                    {"Health": {"Status": "healthy" if self.loaded() >= 1 else "starting"}} if running else {}
-                ),
-            },
-            "Image": self.image_id,
-            "RestartCount": life.restarts,
-            "HostConfig": self.settings,
-            "Config": {**config, "Entrypoint": config.get("Entrypoint") or ["vllm", "serve"]},
-            "NetworkSettings": {
-                "Networks": {name: {**(one or {}), "NetworkID": name} for name, one in networks.items()}
-            },
-            "Mounts": [],
-        }
-
-    def log(self) -> list[str]:
-        """Return what the server has written since its last start."""
-        if self.life().status == "created":
-            return []
-        pids = self.pids()
-        server, engine = f"(APIServer pid={pids['vllm']})", f"(EngineCore pid={pids[PROCESSES[-1]]})"
-        lines = [f"{server} INFO vLLM API server version 0.32.0, model {self.names[0]}"]
-        if self.crash:
-            return [*lines, f"{engine} ERROR EngineCore failed to start.", f"{engine} {self.crash}"]
-        if self.loaded() < 1:
-            part = f"{100 * self.loaded():>3.0f}% Completed"
-            return [*lines, f"{engine} Loading safetensors checkpoint shards: {part}"]
-        return [*lines, f"{server} INFO:     Application startup complete."]
 
 
 class Host:
@@ -241,10 +109,8 @@ class Host:
         """Start the container, or note why it can't be."""
         self.close(box)
         try:
-            asked = [
-                card for request in box.settings.get("DeviceRequests") or [] for card in self.asked(request)
-            ]
-            given = asked
+            requests = box.settings.get("DeviceRequests") or []
+            given = asked = [card for request in requests for card in self.asked(request)]
             if hits(self.fault("wrong_card"), asked):
                 given = [card for card in Driver(self.directory, None).cards if card not in asked][:1]
             await self.listen(box)
@@ -259,9 +125,8 @@ class Host:
     def run(self, box: Container, given: list[Card]) -> None:
         """Do what the container's program does: read its command line, and take memory of its cards."""
         box.delay, box.started = float(self.fault("start_delay") or 0), time.time()
-        box.crash = "RuntimeError: simulated failure while the engine started" * bool(
-            hits(self.fault("crash"), given)
-        )
+        failure = "RuntimeError: simulated failure while the engine started"
+        box.crash = failure if hits(self.fault("crash"), given) else ""
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
                 options = vllm_stand_in.parse(box.body.get("Cmd") or [])
@@ -273,9 +138,8 @@ class Host:
         if not box.crash:
             share = options.gpu_memory_utilization or 0.9
             since, pid = box.started + box.delay / 2, box.pids()[PROCESSES[-1]]
-            write_json(
-                self.directory / "held.json", {"cards": box.cards, "share": share, "since": since, "pid": pid}
-            )
+            held = {"cards": box.cards, "share": share, "since": since, "pid": pid}
+            write_json(self.directory / "held.json", held)
 
     def asked(self, request: dict[str, Any]) -> list[Card]:
         """Return the cards that a container asks for: certain ones, or a number of them."""
@@ -324,13 +188,6 @@ class Host:
             return Reply(401, {"error": "Unauthorized"})
         data = [{"id": name, "object": "model", "owned_by": "vllm"} for name in box.names]
         return Reply(200, {"object": "list", "data": data})
-
-
-def moment(when: float) -> str:
-    """Return a time as the engine writes it; 0 is never."""
-    if not when:
-        return "0001-01-01T00:00:00Z"
-    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def image_id(image: str) -> str:

@@ -21,8 +21,8 @@ from images import DEFAULT_IMAGE
 from machine import HostError
 
 from tests.light_fleet.cards import read_json
+from tests.light_fleet.container import Container
 from tests.light_fleet.fleet import FIRST_PORT, Fleet
-from tests.light_fleet.host import Container
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = ROOT / "molecule/simulated_host/cards.json"
@@ -357,7 +357,9 @@ def test_they_need_no_root() -> None:
 
         def call(*words: object) -> str:
             arguments = [*nobody, "-m", "tests.light_fleet", "--fleet", fleet.directory, *words]
-            done = subprocess.run(map(str, arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+            )
             return done.stdout + done.stderr
 
         try:
