@@ -120,7 +120,7 @@ class Engine:
             case ["POST", "exec"]:
                 self.running(box)
                 if request.body["Cmd"][0] != "nvidia-smi":
-                    pass
+                    raise NotImplementedError(request.body["Cmd"])
                 self.execs.append((box, request.body["Cmd"], 0))
                 return Reply(201, {"Id": str(len(self.execs) - 1)})
         raise NotImplementedError
