@@ -87,22 +87,8 @@ def main() -> None:
     cards = gpu.visible_cards()
     given = given_cards(asked_cards(devices, cards), cards)
     nodes = [str(path) for card in given for path in (card.path.resolve(), f"/dev/nvidia{card.minor}")]
-    subprocess.run(
-        [
-            "/usr/bin/nsenter",
-            f"--mount=/proc/{state['pid']}/ns/mnt",
-            "--",
-            "/bin/sh",
-            "-euc",
-            MOUNT,
-            "sh",
-            config["root"]["path"],
-            str(gpu.STATE),
-            LIBRARY,
-            *nodes,
-        ],
-        check=True,
-    )
+    enter = ["/usr/bin/nsenter", f"--mount=/proc/{state['pid']}/ns/mnt", "--", "/bin/sh", "-euc", MOUNT, "sh"]
+    subprocess.run([*enter, config["root"]["path"], str(gpu.STATE), LIBRARY, *nodes], check=True)
 
 
 if __name__ == "__main__":

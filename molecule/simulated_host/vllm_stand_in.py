@@ -325,7 +325,6 @@ class Server:
         self.started = int(time.time())
         self.children: list[int] = []
         self.dead = False
-        self.requests = 0
 
     def stop(self, *_: object) -> NoReturn:
         """End quickly and cleanly, with all children."""
@@ -434,93 +433,30 @@ class Server:
     def models(self) -> dict[str, Any]:
         """Return the answer of /v1/models."""
         length = self.options.max_model_len
-        return {
-            "object": "list",
-            "data": [
-                {
-                    "id": name,
-                    "object": "model",
-                    "created": int(time.time()),
-                    "owned_by": "vllm",
-                    "root": self.model,
-                    "parent": None,
-                    "max_model_len": int(length) if str(length).isdigit() else 40960,
-                    "permission": [
-                        {
-                            "id": "modelperm-" + secrets.token_hex(8),
-                            "object": "model_permission",
-                            "created": int(time.time()),
-                            "allow_create_engine": False,
-                            "allow_sampling": True,
-                            "allow_logprobs": True,
-                            "allow_search_indices": False,
-                            "allow_view": True,
-                            "allow_fine_tuning": False,
-                            "organization": "*",
-                            "group": None,
-                            "is_blocking": False,
-                        }
-                    ],
-                }
-                for name in self.served()
-            ],
+        fields = {
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "vllm",
+            "root": self.model,
+            "parent": None,
+            "max_model_len": int(length) if str(length).isdigit() else 40960,
         }
+        return {"object": "list", "data": [{"id": name, **fields} for name in self.served()]}
 
     def complete(self, request: dict[str, Any], *, chat: bool) -> dict[str, Any]:
         """Return the answer of /v1/completions or /v1/chat/completions."""
-        self.requests += 1
         count = int(request.get("max_tokens") or 16)
-        choice: dict[str, Any] = {
-            "index": 0,
-            "logprobs": None,
-            "finish_reason": "length",
-            "stop_reason": None,
-            "token_ids": None,
-        }
-        if chat:
-            choice["message"] = {"role": "assistant", "content": "@" * count, "refusal": None}
-        else:
-            choice |= {
-                "text": "@" * count,
-                "prompt_logprobs": None,
-                "prompt_token_ids": None,
-                "routed_experts": None,
-            }
+        text = "@" * count
+        answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         prompt = len(str(request.get("messages" if chat else "prompt", "")).split())
         return {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(8),
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": request["model"],
-            "choices": [choice],
-            "service_tier": None,
-            "system_fingerprint": None,
-            "usage": {
-                "prompt_tokens": prompt,
-                "total_tokens": prompt + count,
-                "completion_tokens": count,
-                "prompt_tokens_details": None,
-            },
-            "kv_transfer_params": None,
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", **answer}],
+            "usage": {"prompt_tokens": prompt, "total_tokens": prompt + count, "completion_tokens": count},
         }
-
-    def metrics(self) -> str:
-        """Return the answer of /metrics."""
-        label = f'{{engine="0",model_name="{self.served()[0]}"}}'
-        return "".join(
-            f"# HELP vllm:{name} {text}\n# TYPE vllm:{name} {kind}\nvllm:{name}{label} {value}\n"
-            for name, kind, text, value in (
-                ("num_requests_running", "gauge", "Number of requests in model execution batches.", 0.0),
-                ("num_requests_waiting", "gauge", "Number of requests waiting to be processed.", 0.0),
-                ("kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.", 0.0),
-                (
-                    "request_success_total",
-                    "counter",
-                    "Count of successfully processed requests.",
-                    float(self.requests),
-                ),
-            )
-        )
 
 
 def error(message: str, kind: str, param: str | None, code: int) -> dict[str, Any]:
@@ -536,15 +472,13 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "uvicorn"
     sys_version = ""
 
-    def reply(self, status: int, body: object = None, kind: str = "application/json") -> None:
+    def reply(self, status: int, body: dict[str, Any] | None = None) -> None:
         """Send an answer."""
-        data = body.encode() if isinstance(body, str) else b""
-        if isinstance(body, dict):
-            data = json.dumps(body, separators=(",", ":")).encode()
+        data = json.dumps(body, separators=(",", ":")).encode() if body else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if data:
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(data)
 
@@ -585,8 +519,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, self.api.models())
         elif path == "/version":
             self.reply(200, {"version": VERSION})
-        elif path == "/metrics":
-            self.reply(200, self.api.metrics(), "text/plain; version=0.0.4; charset=utf-8")
         else:
             self.reply(404, {"detail": "Not Found"})
 

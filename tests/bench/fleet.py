@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure roll-outs over light hosts (molecule/simulated_host/light_fleet.py); print Markdown tables.
+"""Measure roll-outs over light hosts (tests/light_fleet); print Markdown tables.
 
 For each size, from servers that are proven on GPU 0: scripts/rollout moves every
 server to GPU 1, and once more, which changes nothing. After each run the hosts
@@ -33,11 +33,14 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "molecule/simulated_host"))
 
-from gpuhost import ROOT, HostError
-from light_fleet import Fleet
-from light_host import IMAGE, Host, read_json
+
+from images import DEFAULT_IMAGE
+from machine import ROOT, HostError
 
 from tests.bench.tables import machine, print_row
+from tests.light_fleet.cards import read_json
+from tests.light_fleet.fleet import FIRST_PORT, Fleet
+from tests.light_fleet.host import Host
 
 HERE = ROOT / ".cache/bench-fleet"
 BIN = ROOT / ".venv/bin"
@@ -258,7 +261,7 @@ class Bench:
         """
         self.fleet.down()
         with self.fleet.locked():
-            self.fleet.up(count, ROOT / "molecule/simulated_host/cards.json", 20000)
+            self.fleet.up(count, ROOT / "molecule/simulated_host/cards.json", FIRST_PORT)
         first, *others = self.fleet.names
         (HERE / "hosts.yml").write_text(self.fleet.inventory([first]))
         done = play(Way("", SERVE), 0)
@@ -278,12 +281,12 @@ class Bench:
         for path in (target / "opt/vllm-gpu/.env", kept / ".env"):
             port = read_json(target / "host.json")["port"]
             path.write_text(re.sub(r"(?m)^VLLM_PORT=.*", f"VLLM_PORT={port}", path.read_text()))
-        project = f"--project-directory {DIRECTORY} --project-name vllm"
-        words = f"compose {project} --file docker-compose.serving.yml --env-file .env up"
+        project = f"--project-directory {DIRECTORY} --project-name vllm-gpu"
+        words = f"compose {project} --file docker-compose.serving.yml --env-file .env up --detach"
         program = f"import os; os.chdir('{DIRECTORY}'); os.execvp('docker', 'docker {words}'.split())"
         subprocess.run([target / "python3", "-I", "-S", "-c", program], check=True, capture_output=True)
-        boxes = [Host(path).container for path in (source, target)]
-        hashes = [box.labels["com.docker.compose.config-hash"] for box in boxes if box]
+        boxes = [box for path in (source, target) for box in Host(path).containers]
+        hashes = [box.body["Labels"]["com.docker.compose.config-hash"] for box in boxes]
         for path in (kept / "record.json", kept / "gpu"):
             text = path.read_text()
             for before, after in ((hashes[0], hashes[1]), (cards[0], cards[1])):
@@ -345,7 +348,7 @@ def main() -> None:
     fleet = Fleet(HERE / "fleet")
     bench = Bench(fleet)
     try:
-        print(f"{machine()}, image {IMAGE}\n", flush=True)
+        print(f"{machine()}, image {DEFAULT_IMAGE}\n", flush=True)
         bench.sizes([int(size) for size in options.sizes.split()])
         if options.middle:
             print(f"\n{options.middle} hosts, medians of {options.repeats}:\n")

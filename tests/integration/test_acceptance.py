@@ -110,6 +110,27 @@ def test_a_server_whose_files_are_gone_is_left_alone(served: GpuHost, evidence: 
     assert served.container() == container
 
 
+def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: GpuHost, tmp_path: Path) -> None:
+    tasks = ROOT / "playbooks/tasks/acceptance"
+    again = "docker compose --file docker-compose.serving.yml up --detach --force-recreate"
+    play = {
+        "hosts": "vllm_gpu", "gather_facts": False, "vars": {"__trial_found": None},
+        "tasks": [
+            {"ansible.builtin.include_tasks": str(tasks / "look.yml")},
+            {"ansible.builtin.command": {"cmd": again, "chdir": DIRECTORY}},
+            {"ansible.builtin.include_tasks": str(tasks / "end.yml")},
+        ],
+    }  # fmt: skip
+    (tmp_path / "trial.yml").write_text(json.dumps([play]), encoding="utf-8")
+    before = served.container()
+    done = served.play(str(tmp_path / "trial.yml"))
+    assert done.code != 0
+    assert f"its container is {served.container()[:12]}, which this trial did not start" in " ".join(
+        done.output.split()
+    )
+    assert served.container() not in ("", before)
+
+
 def test_a_host_with_one_gpu_or_none_says_so(clean_host: GpuHost, evidence: Path, tmp_path: Path) -> None:
     cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import nvidia_smi
 import pytest
+import simulated_gpu as gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATED_HOST = ROOT / "molecule" / "simulated_host"
@@ -64,44 +64,22 @@ sys.stdin.read()
 """
 
 
-def load(name: str) -> ModuleType:
-    """Import one of the simulated host's files."""
-    specification = importlib.util.spec_from_file_location(name, SIMULATED_HOST / f"{name}.py")
-    assert specification
-    assert specification.loader
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 class Machine:
     """Two cards in a folder, and processes that hold memory of them."""
 
-    def __init__(self, gpu: ModuleType, smi: ModuleType, capture: pytest.CaptureFixture[str]) -> None:
-        """Use these modules, and what they print."""
-        self.gpu, self.smi, self.capture = gpu, smi, capture
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        """Have no processes yet."""
+        self.capture = capture
         self.processes: list[subprocess.Popen[str]] = []
 
     def hold(self, *mib: int, title: str = "") -> subprocess.Popen[str]:
         """Start a process that holds so much of each card."""
+        words = [SIMULATED_HOST, gpu.STATE, gpu.DEVICES, *mib, title]
         process = subprocess.Popen(
-            [
-                "python3",
-                "-c",
-                HOLDER,
-                str(SIMULATED_HOST),
-                str(self.gpu.STATE),
-                str(self.gpu.DEVICES),
-                *map(str, mib),
-                title,
-            ],
+            ["python3", "-c", HOLDER, *map(str, words)],
             executable=sys.executable,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self.processes.append(process)
         assert process.stdout
         assert process.stdout.readline() == "holding\n", process.communicate()
@@ -111,7 +89,7 @@ class Machine:
         """Return what nvidia-smi prints and its exit status."""
         status = 0
         try:
-            self.smi.main(list(arguments))
+            nvidia_smi.main(list(arguments))
         except SystemExit as end:
             status = int(end.code or 0)
         return self.capture.readouterr().out, status
@@ -122,17 +100,17 @@ def machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Machine]:
     """Two cards like those of the recording."""
-    gpu, smi = load("simulated_gpu"), load("nvidia_smi")
     # Card files on a file system whose device numbers /proc/locks shows too.
     folder = Path("/dev/shm") / f"test-simulated-host-{os.getpid()}"  # noqa: S108
     state, devices = folder / "state", folder / "dev"
     devices.mkdir(parents=True)
+    monkeypatch.setattr(nvidia_smi, "gpu", gpu)
     monkeypatch.setattr(gpu, "STATE", state)
     monkeypatch.setattr(gpu, "DEVICES", devices)
     file = tmp_path / "cards.json"
     file.write_text(json.dumps(CARDS))
     gpu.load_driver(file)
-    made = Machine(gpu, smi, capsys)
+    made = Machine(capsys)
     yield made
     for process in made.processes:
         process.kill()
@@ -192,8 +170,8 @@ def test_a_full_card_gives_no_more(machine: Machine) -> None:
     machine.processes[0].kill()
     machine.processes[0].wait()
     machine.hold(103_000, 0)
-    card = machine.gpu.visible_cards()[0]
-    assert machine.gpu.processes(card)[second.pid] == 40_000
+    card = gpu.visible_cards()[0]
+    assert gpu.processes(card)[second.pid] == 40_000
     assert card.used_mib == 143_009
 
 
@@ -205,7 +183,7 @@ def test_cards_are_numbered_by_their_slot_and_known_by_their_uuid(machine: Machi
     machine.hold(0, 700)
     file = tmp_path / "swapped.json"
     file.write_text(json.dumps(swapped))
-    machine.gpu.load_driver(file)
+    gpu.load_driver(file)
     said, _ = machine.nvidia_smi("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits")
     first, second = (card["uuid"] for card in CARDS["cards"])  # type: ignore[index]
     assert said == f"0, {second}, 709\n1, {first}, 0\n"
@@ -219,14 +197,14 @@ def test_cards_are_numbered_by_their_slot_and_known_by_their_uuid(machine: Machi
     ],
 )
 def test_a_broken_driver(machine: Machine, faults: dict[str, str], words: str, status: int) -> None:
-    (machine.gpu.STATE / "faults.json").write_text(json.dumps(faults))
+    (gpu.STATE / "faults.json").write_text(json.dumps(faults))
     said, ended = machine.nvidia_smi()
     assert words in said
     assert ended == status
 
 
 def test_a_container_that_lost_its_card(machine: Machine) -> None:
-    node = machine.gpu.DEVICES / "nvidia0"
+    node = gpu.DEVICES / "nvidia0"
     node.unlink()
     node.touch()
     assert machine.nvidia_smi("-L") == ("Failed to initialize NVML: Unknown Error\n", 255)
@@ -241,7 +219,7 @@ def test_no_processes_are_listed_but_their_memory_is_used(machine: Machine) -> N
         ("pmon", "-c", "1"),
     )
     assert all(pid in machine.nvidia_smi(*call)[0] for call in calls)
-    (machine.gpu.STATE / "faults.json").write_text('{"processes": "none"}')
+    (gpu.STATE / "faults.json").write_text('{"processes": "none"}')
     assert not any(pid in machine.nvidia_smi(*call)[0] for call in calls)
     assert machine.nvidia_smi(*calls[0]) == ("", 0)
     assert "No running processes found" in machine.nvidia_smi()[0]
@@ -259,7 +237,7 @@ def test_no_processes_are_listed_but_their_memory_is_used(machine: Machine) -> N
     ],
 )
 def test_only_the_rows_of_tenants_are_odd(machine: Machine, kinds: str, row: str) -> None:
-    (machine.gpu.STATE / "faults.json").write_text(json.dumps({"odd_rows": kinds}))
+    (gpu.STATE / "faults.json").write_text(json.dumps({"odd_rows": kinds}))
     tenant, other = machine.hold(500, 0, title="gpu_tenant.py"), machine.hold(0, 700)
     said, _ = machine.nvidia_smi(
         "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"
@@ -271,5 +249,5 @@ def test_only_the_rows_of_tenants_are_odd(machine: Machine, kinds: str, row: str
 def test_only_the_row_of_that_card_is_odd(machine: Machine) -> None:
     query = ("--query-gpu=index,uuid,memory.total,memory.used", "--format=csv,noheader,nounits")
     plain = machine.nvidia_smi(*query)[0].splitlines()
-    (machine.gpu.STATE / "faults.json").write_text('{"odd_card": "0:memory,uuid"}')
+    (gpu.STATE / "faults.json").write_text('{"odd_card": "0:memory,uuid"}')
     assert machine.nvidia_smi(*query)[0].splitlines() == ["0, [N/A], [Unknown Error], ERR!", plain[1]]

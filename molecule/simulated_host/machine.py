@@ -1,0 +1,53 @@
+"""This machine: where things are kept, its Docker engine, and how a person sees that something goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / ".cache"
+PLUGIN = CACHE / "docker/cli-plugins/docker-compose"
+SOCKET = "/var/run/docker.sock"
+
+
+class HostError(Exception):
+    """Something that the user can do something about."""
+
+
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say what starts, and how long it took."""
+    started = time.monotonic()
+    print(text, end=" ", file=sys.stderr, flush=True)
+    try:
+        yield
+    except BaseException:
+        print("failed", file=sys.stderr)
+        raise
+    print(f"{time.monotonic() - started:.1f} s", file=sys.stderr)
+
+
+@functools.cache
+def docker_command() -> tuple[str, ...]:
+    """Return how to call the client, which needs sudo where the socket isn't ours."""
+    clients = [path for path in ("/usr/bin/docker", "/usr/local/bin/docker") if os.access(path, os.X_OK)]
+    if not (clients and PLUGIN.exists() and Path(SOCKET).exists()):
+        raise HostError(f"no Docker engine here, or no Compose: run {HERE / 'setup'}")
+    command = (clients[0], "--host", f"unix://{SOCKET}")
+    return command if os.access(SOCKET, os.W_OK) else ("sudo", *command)
+
+
+def docker(*arguments: str, data: bytes | None = None, check: bool = True) -> str:
+    """Run a command of the Docker client and return its output."""
+    done = subprocess.run([*docker_command(), *arguments], input=data, capture_output=True, check=False)
+    if check and done.returncode:
+        raise HostError(f"docker {arguments[0]}: {done.stderr.decode().strip()}")
+    return done.stdout.decode().strip()
