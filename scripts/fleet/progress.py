@@ -17,8 +17,8 @@ from typing import Any
 from fleet.text import without
 
 Event = Mapping[str, Any]
-# The hosts of playbooks/rollout.yml's waves.
-CHANGING = "vllm_gpu:&vllm_gpu_to_change"
+# How the pattern of playbooks/rollout.yml's waves ends.
+CHANGING = "&vllm_gpu_to_change"
 # The outcomes of a host in the report, and for a person; what needs a person comes first.
 OUTCOMES = {
     "failed": "failed", "unreachable": "unreachable", "rolled_back": "rolled back", "refused": "refused",
@@ -187,7 +187,7 @@ class Rollout:
 
     def _playbook_on_play_start(self, data: Event, _host: Host | None, at: datetime) -> None:
         self._end_wave(at)
-        if data["play_pattern"] == CHANGING and self.to_change:
+        if data["play_pattern"].endswith(CHANGING) and self.to_change:
             self.waves.append(
                 {"number": len(self.waves) + 1, "hosts": [], "started_at": at.isoformat(), "ended_at": None}
             )

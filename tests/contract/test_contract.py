@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -125,26 +124,9 @@ def test_the_tables_of_cards_agree_with_each_other_and_with_the_simulated_host()
         assert round(int(card["memory.total"]) / 1024) == int(memory.split()[0])
 
 
-def options_of(documented: dict[str, Any]) -> dict[str, Any]:
-    """A module's documented options in the form of an argument spec."""
-    spec = {}
-    for name, option in documented.items():
-        spec[name] = {key: option[key] for key in ("type", "required", "default") if key in option}
-        if "suboptions" in option:
-            spec[name]["options"] = options_of(option["suboptions"])
-    return spec
-
-
-@pytest.mark.parametrize("name", ["server_info", "server_files"])
-def test_the_modules_document_what_they_take(name: str) -> None:
-    module = importlib.import_module(f"ansible_collections.mlops.vllm_gpu.plugins.modules.{name}")
-    documented = yaml.safe_load(module.DOCUMENTATION)
-    options = options_of(documented["options"])
-    spec = {key: dict(option) for key, option in server.WANTED_OPTIONS.items()}
-    for secret in ("secrets", "secret_env"):
-        assert spec[secret].pop("no_log") is True
-    assert options["wanted"] == {"type": "dict", "required": True, "options": spec}
-    assert documented["module"] == name
+@pytest.mark.parametrize("name", ["secrets", "secret_env"])
+def test_no_module_logs_a_secret(name: str) -> None:
+    assert server.WANTED_OPTIONS[name]["no_log"] is True
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Feed:
         self.put("playbook_on_play_start", play_pattern=pattern)
 
     def wave(self) -> None:
-        self.play(CHANGING)
+        self.play(f"vllm_gpu,{CHANGING}")
 
     def task(self, host: str, file: str, action: str, end: str = "ok", **res: Any) -> None:  # noqa: ANN401
         data = {"host": host, "task_path": f"{ROLE}/{file}.yml:3", "task_action": f"mlops.vllm_gpu.{action}"}
