@@ -9,5 +9,9 @@ import sys
 
 ensurepip.bootstrap()
 del os.environ["PIP_CONFIG_FILE"]  # ensurepip's, which would hide a proxy or a mirror
-sys.argv = ["pip", "install", *(word for word in sys.argv[1:] if word not in ("--no-setuptools", "--no-wheel"))]
+sys.argv = [
+    "pip",
+    "install",
+    *(word for word in sys.argv[1:] if word not in ("--no-setuptools", "--no-wheel")),
+]
 runpy.run_module("pip", run_name="__main__", alter_sys=True)

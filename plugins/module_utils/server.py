@@ -27,7 +27,8 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     shell,
     trust,
 )
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem as Problem  # noqa: PLC0414 - the modules take it from here
+
+Problem = shell.Problem  # the modules take it from here
 
 COMPOSE_FILE, ENV_FILE = compose.COMPOSE_FILE, compose.ENV_FILE
 REFEREE = "check_gpu_allocation.sh"
@@ -149,7 +150,12 @@ def expected_gpu(verdict: Mapping[str, Any]) -> Optional[Mapping[str, Any]]:
         if expected and gpu["uuid"] == expected["uuid"]:
             return dict(gpu)
         # Where nvidia-smi's row is odd, an index is None.
-        if expected and gpu["index"] == expected["index"] is not None and expected["uuid"].startswith("MIG-"):
+        if (
+            expected
+            and gpu["index"] == expected["index"]
+            and gpu["index"] is not None
+            and expected["uuid"].startswith("MIG-")
+        ):
             # A MIG instance: nvidia-smi gives the memory of the whole card only.
             return dict(
                 gpu,

@@ -117,7 +117,7 @@ def _pairs(word: str) -> Iterator[tuple[str, str]]:
     if not all("=" in pair for pair in pairs or [""]):
         raise Usage(f"-e {_shown(word)}: write KEY=VALUE, @FILE or a JSON object.")
     for pair in pairs:
-        key, _, value = pair.partition("=")
+        key, value = pair.split("=", 1)
         yield key, value
 
 
@@ -174,7 +174,9 @@ def check_files(files: Iterable[str]) -> list[str]:
             found = DataLoader().load_from_file(file)
             if isinstance(found, dict):
                 if "vllm_gpu_hosts" in found:
-                    raise Usage(f"-e @{file}: it holds vllm_gpu_hosts. Give that with -e vllm_gpu_hosts=PATTERN.")
+                    raise Usage(
+                        f"-e @{file}: it holds vllm_gpu_hosts. Give that with -e vllm_gpu_hosts=PATTERN."
+                    )
                 secrets += [secret for _name, secret in _secrets("", found)]
                 continue
         # Not Ansible's own words: they quote the file, secrets included.

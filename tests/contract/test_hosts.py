@@ -55,9 +55,20 @@ def test_a_play_over_no_host_fails(playbook: Path, tmp_path: Path) -> None:
         (HOSTS, ["--limit", "web"], "--limit web leaves no host of the group vllm_gpu"),
         (OTHER, ["--limit", "web"], "No host is in the group vllm_gpu"),
         (HOSTS, ["-e", "vllm_gpu_hosts=nobody"], "No host is in the group nobody"),
-        (HOSTS, ["-e", "vllm_gpu_hosts=web", "--limit", "gpu01"], "--limit gpu01 leaves no host of the group web"),
+        (
+            HOSTS,
+            ["-e", "vllm_gpu_hosts=web", "--limit", "gpu01"],
+            "--limit gpu01 leaves no host of the group web",
+        ),
     ],
-    ids=["empty group", "empty inventory", "limit", "limit without group", "other group", "limit of other group"],
+    ids=[
+        "empty group",
+        "empty inventory",
+        "limit",
+        "limit without group",
+        "other group",
+        "limit of other group",
+    ],
 )
 def test_no_host_is_left(inventory: object, arguments: list[str], reason: str, tmp_path: Path) -> None:
     code, said = play(ROOT / "playbooks/verify.yml", inventory, tmp_path, *arguments)

@@ -39,7 +39,9 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
     run("ansible-galaxy", "collection", "install", built, "--offline", "-p", tmp_path / "collections")
     # Another group than vllm_gpu, in every verb.
     hosts = tmp_path / "hosts.yml"
-    hosts.write_text(clean_host.inventory.read_text(encoding="utf-8").replace("vllm_gpu:", "fleet:", 1), "utf-8")
+    hosts.write_text(
+        clean_host.inventory.read_text(encoding="utf-8").replace("vllm_gpu:", "fleet:", 1), "utf-8"
+    )
 
     def play(verb: str, *words: str) -> str:
         words = ("-i", str(hosts), f"mlops.vllm_gpu.{verb}", "-e", "vllm_gpu_hosts=fleet", *words)
