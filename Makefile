@@ -62,6 +62,12 @@ venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
 	  $(@D)/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes -r $<)
 	@touch $@
 
+.cache/publish/.done: requirements/publish.txt
+	@$(call step,Tools of Galaxy's checks, \
+	  rm -rf $(@D); $(PYTHON) -m venv $(@D); \
+	  $(@D)/bin/pip install -qq --disable-pip-version-check --require-hashes -r $<)
+	@touch $@
+
 .PHONY: lint
 lint: .venv/.dev machine ## ansible-lint, yamllint, shellcheck, ruff, docker compose config
 	@$(call step,ruff, $(BIN)/ruff check; $(BIN)/ruff format --check)
@@ -83,6 +89,14 @@ unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
 scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU hosts
 	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all --exclude faults --exclude kills)
 	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
+
+.PHONY: collection
+collection: .cache/publish/.done ## galaxy-importer, ansible-test sanity and the docs' lint, on the built collection
+	@$(call step,The collection as Galaxy takes it, scripts/check_collection .cache/publish/bin)
+
+.PHONY: changelog
+changelog: .cache/publish/.done ## Write changelogs/fragments into CHANGELOG.rst, under galaxy.yml's version
+	@.cache/publish/bin/antsibull-changelog release --update-existing
 
 .PHONY: browser
 browser: .venv/.dev ## Look at the report in a real browser
@@ -125,10 +139,10 @@ rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, g
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions
 	@$(BIN)/pip install -qq --disable-pip-version-check uv
-	@cd requirements && for name in runtime dev collections compose-oldest acceptance; do \
+	@cd requirements && for name in runtime dev publish collections compose-oldest acceptance; do \
 	  flags="--universal --python-version 3.11"; \
 	  case $$name in \
-	    dev) flags+=" --constraint runtime.txt" ;; \
+	    dev|publish) flags+=" --constraint runtime.txt" ;; \
 	    collections) flags+=" --no-deps" ;; \
 	    compose-oldest) flags="--python-version 3.11 --python-platform linux --override compose-oldest.override" ;; \
 	    acceptance) flags="--python-version 3.11 --python-platform x86_64-manylinux_2_28 --override acceptance.override"; \

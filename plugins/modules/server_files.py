@@ -8,57 +8,16 @@ DOCUMENTATION = r"""
 module: server_files
 short_description: Write the compose file, .env and the referee of the vLLM service
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Writes the three files of the service where they differ, each one whole or not at all.
   - Removes what plays that were killed have left in the directory.
   - An existing C(.env) keeps every key, comment and byte that the role doesn't decide.
   - No secret shows in the result or in the diff.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.wanted
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
-options:
-  wanted:
-    description: What the host should have, as for M(mlops.vllm_gpu.server_info).
-    type: dict
-    required: true
-    suboptions:
-      project_dir:
-        description: Directory of the Compose project on the host.
-        type: path
-        required: true
-      compose:
-        description: Content of the compose file.
-        type: str
-        required: true
-      referee:
-        description: Content of the referee script.
-        type: str
-        required: true
-      env_example:
-        description: Content that a C(.env) starts from where the host has none.
-        type: str
-        required: true
-      env:
-        description: Keys and values of C(.env) that the role decides.
-        type: dict
-        required: true
-      extra_args:
-        description: More arguments of vLLM, as a list of words or one text.
-        type: raw
-        default: []
-      server_env:
-        description: More environment variables of the server.
-        type: dict
-        default: {}
-      secrets:
-        description: Keys and values of C(.env) that may never be shown.
-        type: dict
-        default: {}
-      secret_env:
-        description: The same for environment variables of the server.
-        type: dict
-        default: {}
-  lock:
-    description: The play that must hold the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
-    type: str
 attributes:
   check_mode:
     description: Writes nothing and says what it would write.

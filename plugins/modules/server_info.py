@@ -8,30 +8,20 @@ DOCUMENTATION = r"""
 module: server_info
 short_description: Read a host's GPUs and vLLM server, and compare them with what is wanted
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Takes one look at the GPUs, the files of the service, its container and its API,
     compares them with what is wanted, and says what would change. Writes nothing.
   - Runs the referee, C(check_gpu_allocation.sh), which alone judges where the server is.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.read
+  - mlops.vllm_gpu.server.wanted
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  gpu_device_id:
-    description:
-      - Index, UUID or PCI bus id of the GPU, or UUID of the MIG instance, that the server must be on.
-      - When left out, the one that the server's container itself asked for.
-    type: str
-  as_installed:
-    description:
-      - Judge the server by the files that the host has, instead of comparing them with C(wanted).
-    type: bool
-    default: false
   as_previous:
     description:
       - Judge by the files of the previous proven state, to which playbooks/rollback.yml goes back.
-    type: bool
-    default: false
-  as_running:
-    description:
-      - Judge the server by what its own container was made from, whatever the files say.
     type: bool
     default: false
   preflight:
@@ -40,20 +30,11 @@ options:
         port, disk and so on), and add what is wrong to RV(problems).
     type: bool
     default: false
-  force:
-    description: Checks to leave out.
-    type: list
-    elements: str
-    choices: [drift, exposure, irreversible, mig, training]
-    default: []
   training_gpus:
     description: Ids of the GPUs that are set aside for training.
     type: list
     elements: str
     default: []
-  lock:
-    description: The play, as M(mlops.vllm_gpu.server_lock) named it, whose lock to renew.
-    type: str
   waiting:
     description: Whether the play only waits, with a look every few seconds, so that a short lease will do.
     type: bool
@@ -62,47 +43,6 @@ options:
     description: How many of the last lines of the container's log to return.
     type: int
     default: 0
-  wanted:
-    description: What the host should have; C(roles/vllm_gpu/vars/main/wanted.yml) puts it together.
-    type: dict
-    required: true
-    suboptions:
-      project_dir:
-        description: Directory of the Compose project on the host.
-        type: path
-        required: true
-      compose:
-        description: Content of the compose file.
-        type: str
-        required: true
-      referee:
-        description: Content of the referee script.
-        type: str
-        required: true
-      env_example:
-        description: Content that a C(.env) starts from where the host has none.
-        type: str
-        required: true
-      env:
-        description: Keys and values of C(.env) that the role decides.
-        type: dict
-        required: true
-      extra_args:
-        description: More arguments of vLLM, as a list of words or one text.
-        type: raw
-        default: []
-      server_env:
-        description: More environment variables of the server.
-        type: dict
-        default: {}
-      secrets:
-        description: Keys and values of C(.env) that may never be shown.
-        type: dict
-        default: {}
-      secret_env:
-        description: The same for environment variables of the server.
-        type: dict
-        default: {}
 attributes:
   check_mode:
     description: Only reads, in every mode.

@@ -8,6 +8,7 @@ DOCUMENTATION = r"""
 module: server_lock
 short_description: Let one play at a time change the vLLM service of a host
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Takes or gives back the host's lock. A play that holds it renews it with every read of the host.
   - Where another play holds it and is alive, fails as soon as that is clear. Where that play was killed, its lock
     runs out 90 s after its last step on the host at the latest, and this one waits for that.

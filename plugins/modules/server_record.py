@@ -8,12 +8,16 @@ DOCUMENTATION = r"""
 module: server_record
 short_description: Keep the proven state of the vLLM service, or put one back
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - With O(state=saved), keeps the compose file and C(.env) as they are, with the record of what they
     proved, as the current proven state; the one before becomes the previous one. Files that somebody has edited
     since the server was made from them prove nothing, and are not kept.
   - With O(state=restored), puts the files of the previous proven state back byte for byte, and its image's name
     back on its image. Starts nothing.
   - The record holds no secret.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.project_dir
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
@@ -22,16 +26,9 @@ options:
     type: str
     choices: [saved, restored]
     required: true
-  project_dir:
-    description: Directory of the Compose project on the host.
-    type: path
-    required: true
   proof:
     description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
     type: dict
-  lock:
-    description: As for M(mlops.vllm_gpu.server_info).
-    type: str
 attributes:
   check_mode:
     description: Writes nothing and says what it would do.

@@ -8,19 +8,19 @@ DOCUMENTATION = r"""
 module: server_removed
 short_description: Stop and remove the vLLM server, and if requested, its files
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Stops and removes the container C(vllm-server), and the default network of its Compose project where nothing else
     uses it. Volumes and the image stay.
   - Fails, with nothing stopped or removed, where the container was started from another directory or belongs to
     another Compose project.
   - With O(files), also removes the files of the service and every copy of its secrets. Keys of C(.env) that are not
     the role's stay, and so does every other file in the directory.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.project_dir
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  project_dir:
-    description: Directory of the Compose project on the host.
-    type: path
-    required: true
   files:
     description: Whether to remove the files of the service, too.
     type: bool
@@ -30,9 +30,6 @@ options:
     type: list
     elements: str
     default: []
-  lock:
-    description: The play that must hold the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
-    type: str
 attributes:
   check_mode:
     description: Removes nothing and says what it would remove.

@@ -8,12 +8,16 @@ DOCUMENTATION = r"""
 module: server_snapshot
 short_description: Keep a host as it was found before a change, and put it back when the change fails
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - With O(state=taken), keeps the files of the service, the meaning of its images' names, and all that the Docker
     Engine knows of its container, in C(.proven), which only root can read. Refuses where the container could not be
     made again. Where a change was interrupted, what that one had kept stays, as the host was whole then.
   - With O(state=restored), puts it all back, and waits for a Docker Engine that is being restarted. Starts nothing.
   - With O(state=started), starts the container where it ran before and doesn't now.
   - With O(state=dropped), forgets what was kept.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.project_dir
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.2.0
 options:
@@ -21,10 +25,6 @@ options:
     description: What to do.
     type: str
     choices: [taken, restored, started, dropped]
-    required: true
-  project_dir:
-    description: Directory of the Compose project on the host.
-    type: path
     required: true
   images:
     description: Names of images whose meaning to keep, besides those of the container and of what was proven.
@@ -40,9 +40,6 @@ options:
     type: list
     elements: str
     default: []
-  lock:
-    description: The play, as M(mlops.vllm_gpu.server_lock) named it, that must hold the host's lock.
-    type: str
 attributes:
   check_mode:
     description: Does nothing.

@@ -8,18 +8,18 @@ DOCUMENTATION = r"""
 module: server_up
 short_description: Bring the vLLM server up with Docker Compose
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Runs C(docker compose up --detach) with the compose file and C(.env) of the service. C(.env) alone decides what
     they hold, whatever the host's environment exports. Pulls nothing.
   - Holds the host's lock for as long as that takes, so that no other play changes the server meanwhile.
   - A server that was started from the same directory in the role's earlier Compose project is removed first, as
     both have one name.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.project_dir
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  project_dir:
-    description: Directory of the Compose project on the host.
-    type: path
-    required: true
   recreate:
     description: Whether to recreate a container that Compose takes for the right one, too.
     type: str
@@ -29,9 +29,6 @@ options:
     description: How long Compose may take, in seconds, besides the grace period of the container that it replaces.
     type: int
     default: 300
-  lock:
-    description: The play that must hold the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
-    type: str
 attributes:
   check_mode:
     description: Does nothing.

@@ -7,43 +7,25 @@ DOCUMENTATION = r"""
 module: wait_for_server
 short_description: Follow a starting vLLM server until it is proven, dead, or out of time
 description:
+  - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
   - Looks at the host again and again with M(mlops.vllm_gpu.server_info) until the wanted server
     runs on the wanted GPU and no other, and its API answers.
   - Goes on while a model loads, and shows what it is waiting for and for how long. A connection or a Docker Engine
     that is away for up to a minute, as during a restart, is waited for, too.
   - Ends at once, with the last lines of its log, when the container dies or is on another GPU. Only one that was
     there and well before may be brought back by its restart policy, once.
+extends_documentation_fragment:
+  - mlops.vllm_gpu.server.read
+  - mlops.vllm_gpu.server.wanted
+  - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  gpu_device_id:
-    description: Index, UUID or PCI bus id of the GPU that the server must be on.
-    type: str
-  wanted:
-    description: What the host should have, as for M(mlops.vllm_gpu.server_info).
-    type: dict
-    required: true
   before:
     description: >-
       The container as M(mlops.vllm_gpu.server_info) returned it before the server was brought up; its old restarts
       don't count.
     type: dict
-  force:
-    description: As for M(mlops.vllm_gpu.server_info).
-    type: list
-    elements: str
-    default: []
-  lock:
-    description: As for M(mlops.vllm_gpu.server_info).
-    type: str
-  as_installed:
-    description: As for M(mlops.vllm_gpu.server_info).
-    type: bool
-    default: false
-  as_running:
-    description: As for M(mlops.vllm_gpu.server_info).
-    type: bool
-    default: false
   timeout:
     description: How long a start may take, in seconds.
     type: int

@@ -153,7 +153,7 @@ def as_html(report: Mapping[str, Any]) -> bytes:
     )
     counts = Counter(one["outcome"] for one in report["hosts"])
     timelines = list(_timelines(report))
-    drawn = {one.phase for timeline in timelines for bar in timeline.bars for one in bar.segments}
+    drawn = {one.phase for timeline in timelines for row in timeline.bars for one in row.segments}
     page = environment.get_template("report.html.j2").render(
         report=report,
         hosts=sorted(report["hosts"], key=_by_need),

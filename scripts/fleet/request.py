@@ -117,7 +117,7 @@ def _pairs(word: str) -> Iterator[tuple[str, str]]:
     if not all("=" in pair for pair in pairs or [""]):
         raise Usage(f"-e {_shown(word)}: write KEY=VALUE, @FILE or a JSON object.")
     for pair in pairs:
-        key, _, value = pair.partition("=")
+        key, value = pair.split("=", 1)
         yield key, value
 
 
@@ -173,6 +173,10 @@ def check_files(files: Iterable[str]) -> list[str]:
         with contextlib.suppress(AnsibleError, ValueError, RecursionError), _quiet():
             found = DataLoader().load_from_file(file)
             if isinstance(found, dict):
+                if "vllm_gpu_hosts" in found:
+                    raise Usage(
+                        f"-e @{file}: it holds vllm_gpu_hosts. Give that with -e vllm_gpu_hosts=PATTERN."
+                    )
                 secrets += [secret for _name, secret in _secrets("", found)]
                 continue
         # Not Ansible's own words: they quote the file, secrets included.
@@ -255,26 +259,26 @@ def _quiet() -> Iterator[None]:
     sys.stderr.write(visible(said.getvalue()))
 
 
-def read_inventory(inventory: list[str]) -> tuple[InventoryManager, list[str]]:
-    """Return the inventory and the hosts of its group vllm_gpu."""
+def read_inventory(inventory: list[str], group: str) -> tuple[InventoryManager, list[str]]:
+    """Return the inventory and the hosts of its group."""
     for source in inventory:
         if "," not in source and not readable(source):
             raise Usage(f"There is no inventory {source}, or it can't be read.")
     try:
         with _quiet():
             manager = InventoryManager(loader=DataLoader(), sources=inventory)
-            everybody = [host.name for host in manager.get_hosts("vllm_gpu")]
+            everybody = [host.name for host in manager.get_hosts(group)]
     except Exception as error:  # noqa: BLE001 - its plugins raise whatever they like
         shown = shlex.join(
             ["ansible-inventory", *(word for one in inventory for word in ("-i", one)), "--list"]
         )
         raise Usage(f"The inventory can't be read: {error}. More about it: {shown}") from None
     if not everybody:
-        raise Usage(f"The inventory {', '.join(inventory)} has no host in the group vllm_gpu.")
+        raise Usage(f"The inventory {', '.join(inventory)} has no host in the group {group}.")
     return manager, everybody
 
 
-def limited(manager: InventoryManager, limit: str) -> list[str]:
+def limited(manager: InventoryManager, limit: str, group: str) -> list[str]:
     """Return the hosts that --limit leaves; Usage for a word in it that names none."""
     words = split_host_pattern(limit)
     # Ansible passes over what it can't read in a pattern, and then takes all hosts.
@@ -299,9 +303,9 @@ def limited(manager: InventoryManager, limit: str) -> list[str]:
             hint = f" Did you mean {near[0]}?" if near else ""
             raise Usage(f"--limit {word}: the inventory has no such host or group.{hint}")
     manager.subset(words)
-    chosen = [host.name for host in manager.get_hosts("vllm_gpu")]
+    chosen = [host.name for host in manager.get_hosts(group)]
     if not chosen:
-        raise Usage(f"--limit {limit} leaves no host of the group vllm_gpu.")
+        raise Usage(f"--limit {limit} leaves no host of the group {group}.")
     return chosen
 
 

@@ -189,12 +189,12 @@ class Terminal(Lines):
         done = sum(bool(host.ended) for host in rollout.hosts.values())
         view = Table.grid()
         view.add_row(grid)
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
+        line = Table.grid(padding=(0, 1))
+        line.add_row(
             ProgressBar(total=len(rollout.to_change), completed=done, width=30),
             f"{done} of {n_hosts(len(rollout.to_change))}, {time.monotonic() - self.begun:.0f} s",
         )
-        view.add_row(bar)
+        view.add_row(line)
         return view
 
 

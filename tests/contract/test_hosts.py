@@ -38,6 +38,9 @@ def test_there_are_playbooks() -> None:
     "playbook", [*PLAYBOOKS, ROOT / "serve.yml"], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_a_play_over_no_host_fails(playbook: Path, tmp_path: Path) -> None:
+    code, said = play(playbook, OTHER, tmp_path, "-e", "vllm_gpu_hosts=web", "--list-hosts")
+    assert code == 0, said
+    assert "hosts (1): web01" in said
     code, said = play(playbook, OTHER, tmp_path)
     assert code != 0
     assert f"No host is in the group vllm_gpu of the inventory that was read ({tmp_path}/hosts.yml)" in said
@@ -51,8 +54,21 @@ def test_a_play_over_no_host_fails(playbook: Path, tmp_path: Path) -> None:
         ({}, [], "No host is in the group vllm_gpu"),
         (HOSTS, ["--limit", "web"], "--limit web leaves no host of the group vllm_gpu"),
         (OTHER, ["--limit", "web"], "No host is in the group vllm_gpu"),
+        (HOSTS, ["-e", "vllm_gpu_hosts=nobody"], "No host is in the group nobody"),
+        (
+            HOSTS,
+            ["-e", "vllm_gpu_hosts=web", "--limit", "gpu01"],
+            "--limit gpu01 leaves no host of the group web",
+        ),
     ],
-    ids=["empty group", "empty inventory", "limit", "limit without group"],
+    ids=[
+        "empty group",
+        "empty inventory",
+        "limit",
+        "limit without group",
+        "other group",
+        "limit of other group",
+    ],
 )
 def test_no_host_is_left(inventory: object, arguments: list[str], reason: str, tmp_path: Path) -> None:
     code, said = play(ROOT / "playbooks/verify.yml", inventory, tmp_path, *arguments)
@@ -78,6 +94,18 @@ def test_hosts_that_there_are_are_left(arguments: list[str], hosts: list[str], t
     # In no certain order.
     assert sorted(said.partition(f"hosts ({len(hosts)}): ")[2].split()) == hosts
     assert "WARNING" not in said
+
+
+def test_hosts_that_only_the_inventory_names_are_refused(tmp_path: Path) -> None:
+    """Ansible reads a play's hosts before any host's variables, so that the play is over the group vllm_gpu."""
+    inventory: object = {"vllm_gpu": {"hosts": {"gpu01": None}}, "all": {"vars": {"vllm_gpu_hosts": "web"}}}
+    code, said = play(ROOT / "playbooks/verify.yml", inventory, tmp_path)
+    assert code != 0
+    assert "Give it with -e vllm_gpu_hosts=web, and remove it there." in said
+
+
+def test_a_linter_without_an_inventory_reads_a_playbook(tmp_path: Path) -> None:
+    assert play(ROOT / "playbooks/rollout.yml", {}, tmp_path, "--syntax-check")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["GPU_DEVICE_ID", "VLLM_PORT", "HF_CACHE"])

@@ -22,7 +22,7 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
     }
     environment["ANSIBLE_COLLECTIONS_PATH"] = str(tmp_path / "collections")
 
-    def run(program: str, *words: object) -> str:
+    def run(program: str | Path, *words: object) -> str:
         done = subprocess.run(
             [BIN / program, *map(str, words)],
             cwd=empty,
@@ -37,21 +37,38 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
     run("ansible-galaxy", "collection", "build", ROOT, "--output-path", tmp_path)
     (built,) = tmp_path.glob("mlops-vllm_gpu-*.tar.gz")
     run("ansible-galaxy", "collection", "install", built, "--offline", "-p", tmp_path / "collections")
-    said = run(
-        "ansible-playbook", "-i", clean_host.inventory, "mlops.vllm_gpu.serve", "-e", "gpu_device_id=1"
-    )
-    assert "on no other" in " ".join(said.split())
-    assert clean_host.served_gpu() == "1"
-    assert "changed=0" in run(
-        "ansible-playbook", "-i", clean_host.inventory, "mlops.vllm_gpu.serve", "-e", "gpu_device_id=1"
+    # Another group than vllm_gpu, in every verb.
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text(
+        clean_host.inventory.read_text(encoding="utf-8").replace("vllm_gpu:", "fleet:", 1), "utf-8"
     )
 
-    # What it holds is what it is made of, and documented.
+    def play(verb: str, *words: str) -> str:
+        words = ("-i", str(hosts), f"mlops.vllm_gpu.{verb}", "-e", "vllm_gpu_hosts=fleet", *words)
+        return " ".join(run("ansible-playbook", *words).split())
+
+    assert "on no other" in play("serve", "-e", "gpu_device_id=1")
+    assert clean_host.served_gpu() == "1"
+    assert "changed=0" in play("serve", "-e", "gpu_device_id=1")
+    play("verify")
+
+    # It finds itself, wherever it was installed.
     root = tmp_path / "collections/ansible_collections/mlops/vllm_gpu"
+    del environment["ANSIBLE_COLLECTIONS_PATH"]
+    request = ("-e", "gpu_device_id=0", "-e", "vllm_gpu_hosts=fleet")
+    said = run(root / "scripts/rollout", "-i", hosts, *request)
+    assert "1 changed, 0 were right already" in " ".join(said.split())
+    assert clean_host.served_gpu() == "0"
+    assert json.loads((empty / "rollouts/latest/report.json").read_text("utf-8"))["waves"][0]["hosts"]
+    environment["ANSIBLE_COLLECTIONS_PATH"] = str(tmp_path / "collections")
+    assert "changed=0" in play("rollout", "-e", "gpu_device_id=0")
+
+    # What it holds is what it is made of, and documented.
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [
-        "deployment", "docker", "docs", "meta", "playbooks", "plugins", "roles", "scripts"
+        "changelogs", "deployment", "docker", "docs", "meta", "playbooks", "plugins", "roles", "scripts", "tests"
     ]  # fmt: skip
-    assert not list(root.rglob(".env"))
+    assert [path.name for path in (root / "tests").iterdir()] == ["sanity"]
+    assert not list(root.rglob(".*"))
     for module in (root / "plugins/modules").glob("*.py"):
         shown = json.loads(run("ansible-doc", "--json", f"mlops.vllm_gpu.{module.stem}"))
         assert shown[f"mlops.vllm_gpu.{module.stem}"]["doc"]["short_description"]

@@ -243,3 +243,11 @@ def test_what_is_left_of_the_last_roll_out(tmp_path: Path) -> None:
 def test_a_damaged_report_is_not_resumed(tmp_path: Path, content: str) -> None:
     with pytest.raises(Usage, match="can't be read as the report of a roll-out"):
         request.last(latest(tmp_path, content))
+
+
+def test_the_hosts_are_not_named_in_a_file(tmp_path: Path) -> None:
+    """The hosts are read before Ansible reads the file."""
+    path = tmp_path / "vars.yml"
+    path.write_text("vllm_gpu_hosts: web\n", encoding="utf-8")
+    with pytest.raises(Usage, match="-e vllm_gpu_hosts=PATTERN"):
+        request.check_files([str(path)])
