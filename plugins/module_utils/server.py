@@ -417,7 +417,7 @@ def read_service(
     """
     raw = read_container(state)
     found = state["container"]
-    if raw is None or found is None or found["config_hash"] != known_hash:
+    if raw is None or found is None or not known_hash or found["config_hash"] != known_hash:
         service, config_hash = resolve(files, wanted, state, as_installed=as_installed)
         compare_container(raw, service, config_hash, wanted, state)
         return service, config_hash
