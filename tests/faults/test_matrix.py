@@ -276,6 +276,7 @@ ROWS = [
         cure=on_host("docker rm -f chat-db")),
     Row("a server that was started from another directory", f"started from {DIRECTORY} and not from /opt/elsewhere", variables={"vllm_gpu_project_dir": "/opt/elsewhere"}),
     Row("a server that was started with --rm", "could not be put back if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
+    Row("a server that was started with --rm, and may go", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
         run=until_put_back),
