@@ -59,7 +59,7 @@ class GpuHost:
     @property
     def environment(self) -> dict[str, str]:
         """What a play against this host runs with; its output comes line by line."""
-        # Without what Molecule sets for its own plays: as a user has it.
+        # Whatever settings of Ansible this shell has.
         mine = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         return {
             **mine,
