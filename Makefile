@@ -46,6 +46,9 @@ venv: .venv/.runtime ## Set up .venv, which has ansible-playbook in it
 	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/runtime.txt)
 	@touch $@
 
+.PHONY: tools
+tools: .venv/.dev machine ## Set up what the tests need: to start pytest or Molecule yourself
+
 .venv/.dev: .venv/.runtime requirements/dev.txt requirements/collections.txt
 	@$(call step,Tools of the checks, \
 	  $(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements/dev.txt)
@@ -87,7 +90,7 @@ unit: .venv/.dev .cache/compose-oldest/.done machine ## Unit and contract tests
 
 .PHONY: scenarios
 scenarios: .venv/.dev machine ## Molecule, and the role against simulated GPU hosts
-	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test --all --exclude faults --exclude kills)
+	@$(call step,Molecule, PATH="$$PWD/$(BIN):$$PATH" molecule test)
 	@$(call step,The role on a simulated GPU host, $(BIN)/pytest tests/integration)
 
 .PHONY: collection
@@ -105,12 +108,12 @@ browser: .venv/.dev ## Look at the report in a real browser
 
 .PHONY: faults
 faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
-	@$(call step,The fault matrix, PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name faults)
+	@$(call step,The fault matrix, $(BIN)/pytest -vv tests/faults)
 	@cat .cache/faults.md
 
 .PHONY: kills
 kills: .venv/.dev machine ## Kill KILLS=30 plays at random moments; the next one must repair the host
-	@$(call step,Killed plays, KILLS=$(KILLS) PATH="$$PWD/$(BIN):$$PATH" molecule test --scenario-name kills)
+	@$(call step,Killed plays, KILLS=$(KILLS) $(BIN)/pytest -vv tests/kills)
 	@cat .cache/kills.md
 
 # Not within `step`: they print their tables row by row, for minutes or hours.

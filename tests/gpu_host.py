@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,13 @@ from testinfra.host import Host
 ROOT = Path(__file__).resolve().parents[1]
 GPUHOST = ROOT / "molecule/simulated_host/gpuhost.py"
 DIRECTORY = "/opt/vllm-gpu"
+HEALTHY = "for i in $(seq 300); do curl -sf 127.0.0.1:8000/health && exit; sleep 0.2; done; exit 1"
+# From a copy of what a play has proven once: a play would cost ten times as much.
+KEEP = f"rm -rf /root/proven && cp -a {DIRECTORY} /root/proven"
+PUT_BACK = (
+    f"docker rm -f vllm-server; rm -rf /run/vllm_gpu.lock {DIRECTORY} && cp -a /root/proven {DIRECTORY} && "
+    f"cd {DIRECTORY} && docker compose -f docker-compose.serving.yml up -d && {HEALTHY}"
+)
 
 
 def gpuhost(*arguments: str) -> str:
@@ -45,11 +53,13 @@ class GpuHost:
         self.ssh_config = ROOT / f".cache/simulated-hosts/{name}/ssh_config"
         (self.alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
         self.look: Host = testinfra.get_host(f"ssh://{self.alias}", ssh_config=str(self.ssh_config))
+        self._proven: tuple[str, str] | None = None
+        self._faulty = True  # as another run may have left it
 
     @property
     def environment(self) -> dict[str, str]:
         """What a play against this host runs with; its output comes line by line."""
-        # Without what Molecule sets for its own plays: as a user has it.
+        # Whatever settings of Ansible this shell has.
         mine = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         return {
             **mine,
@@ -86,6 +96,28 @@ class GpuHost:
 
     def fault(self, *arguments: str) -> None:
         gpuhost("fault", self.name, *arguments)
+        self._faulty = arguments != ("--clear",)
+
+    def cure(self) -> None:
+        """End the faults, if there are any."""
+        if self._faulty:
+            self.fault("--clear")
+
+    def put_back(self) -> None:
+        """A proven server on GPU 0, set up by the role's defaults, whatever was before."""
+        self.cure()
+        if self._proven and self._proven == (self.container(), self.files()):
+            return
+        if self._proven:
+            self.look.check_output(PUT_BACK)
+        else:
+            self.look.run(f"docker rm -f vllm-server; rm -rf {DIRECTORY}")
+            self.serve(gpu_device_id=0)
+            self.look.check_output(KEEP)
+        self._proven = (self.container(), self.files())
+
+    def wait_healthy(self) -> None:
+        self.look.check_output(HEALTHY)
 
     def container(self) -> str:
         """Which container runs and since when; '' where there is none."""
@@ -93,10 +125,23 @@ class GpuHost:
         done = self.look.run(f"docker inspect --format '{form}' vllm-server")
         return str(done.stdout.strip()) if done.rc == 0 else ""
 
+    def made(self) -> str:
+        """All that the container was made from; '' where there is none."""
+        done = self.look.run("docker inspect vllm-server")
+        if done.rc:
+            return ""
+        raw = json.loads(done.stdout)[0]
+        raw["Config"].pop("Hostname")
+        networks = sorted(raw["NetworkSettings"]["Networks"])
+        mounts = sorted(f"{one['Type']} {one['Name']} {one['Destination']}" for one in raw["Mounts"])
+        made = [raw["Config"], raw["HostConfig"], raw["Image"], networks, mounts]
+        # An engine that was restarted has empty lists for what is not set.
+        return json.dumps(made, indent=1, sort_keys=True).replace(": null", ": []")
+
     def files(self) -> str:
         """Every file of the service with its inode, times and checksum."""
-        listing = f"cd {DIRECTORY} 2>/dev/null && stat -c '%n %i %a %z' . .[!.]* * && md5sum .[!.]* *"
-        return str(self.look.run(listing).stdout)
+        listing = "find . -printf '%p %i %m %C@ %l\\n' | sort && find . -type f -exec md5sum {} +"
+        return str(self.look.run(f"cd {DIRECTORY} 2>/dev/null && {listing}").stdout)
 
     def served_gpu(self) -> str:
         """The index of the card that the server's own process holds, by nvidia-smi; '' where it doesn't run."""

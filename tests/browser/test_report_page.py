@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import struct
-import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from fleet import report as reports
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.chromium import EXECUTABLE, OPTIONS, PATIENCE, Browser, Page, chromium
 from tests.example_report import OUTCOMES, example
 
 SIZES = (3, 60, 1000)
@@ -24,14 +24,23 @@ SHOWN = "[...document.querySelectorAll('tbody tr:not([hidden]) th')].map(cell =>
 FOCUSED = "document.activeElement.id || document.activeElement.textContent.trim()"
 
 Show = Callable[..., Page]
+# Each page with what its console says and what it fetches.
+Opened = list[tuple[Page, list[str], list[str]]]
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    if not EXECUTABLE:
+    # Not /snap/bin: a snap can't read the page.
+    executable = shutil.which("chromium", path="/usr/bin") or shutil.which("google-chrome", path="/usr/bin")
+    if not executable:
         pytest.skip("there is no Chromium here; `make browser` says why")
-    with chromium() as started:
+    with sync_playwright() as playwright:
+        # No name is looked up.
+        started = playwright.chromium.launch(
+            executable_path=executable, args=["--host-resolver-rules=MAP * ~NOTFOUND"]
+        )
         yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")
@@ -44,20 +53,40 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 
 @pytest.fixture
-def show(browser: Browser, pages: dict[int, str]) -> Iterator[Show]:
-    """Open a report at a state of its page; whatever the test does, nothing may complain or fetch."""
-    opened = []
+def opened() -> Opened:
+    return []
 
-    def open_page(hosts: int, state: str = "", **options: Any) -> Page:  # noqa: ANN401
-        page = browser.open(pages[hosts] + state, **options)
-        opened.append(page)
+
+@pytest.fixture
+def opening(browser: Browser, opened: Opened) -> Iterator[Show]:
+    """Open a page in a window of its own."""
+
+    def open_page(url: str, *, width: int = 1400, dark: bool = False, script: bool = True) -> Page:
+        page = browser.new_page(
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
+            java_script_enabled=script,
+        )
+        complaints: list[str] = []
+        fetched: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: fetched.append(request.url))
+        page.goto(url)
+        opened.append((page, complaints, fetched))
         return page
 
     yield open_page
-    for page in opened:
-        assert page.complaints == []
-        assert page.fetched == [page.run("location.href.split('#')[0]")]
+    for page, _complaints, _fetched in opened:
         page.close()
+
+
+@pytest.fixture
+def show(opening: Show, pages: dict[int, str], opened: Opened) -> Iterator[Show]:
+    """Open a report at a state of its page; whatever the test does, nothing may complain or fetch."""
+    yield lambda hosts, state="", **options: opening(pages[hosts] + state, **options)
+    for page, complaints, fetched in opened:
+        assert (complaints, fetched) == ([], [page.url.partition("#")[0]])
 
 
 def names(report: dict[str, Any], *outcomes: str) -> list[str]:
@@ -67,7 +96,7 @@ def names(report: dict[str, Any], *outcomes: str) -> list[str]:
 @pytest.mark.parametrize("hosts", SIZES)
 def test_every_host_has_a_row_and_what_failed_is_on_top(show: Show, hosts: int) -> None:
     report = example(hosts)
-    rows = show(hosts).run(SHOWN)
+    rows = show(hosts).evaluate(SHOWN)
     assert sorted(rows) == names(report)
     worst = next(one for one in ("failed", "unreachable", "rolled_back") if report["totals"][one])
     assert rows[: report["totals"][worst]] == names(report, worst)
@@ -76,7 +105,7 @@ def test_every_host_has_a_row_and_what_failed_is_on_top(show: Show, hosts: int) 
 @pytest.mark.parametrize("direction", ["asc", "desc"])
 @pytest.mark.parametrize("hosts", SIZES)
 def test_the_address_sorts_and_what_is_not_known_comes_last(show: Show, hosts: int, direction: str) -> None:
-    rows = show(hosts, f"#sort=downtime&dir={direction}").run(SHOWN)
+    rows = show(hosts, f"#sort=downtime&dir={direction}").evaluate(SHOWN)
     downtime = {host["name"]: host["downtime_s"] for host in example(hosts)["hosts"]}
     known = [downtime[name] for name in rows if downtime[name] is not None]
     assert known == sorted(known, reverse=direction == "desc")
@@ -86,47 +115,47 @@ def test_the_address_sorts_and_what_is_not_known_comes_last(show: Show, hosts: i
 @pytest.mark.parametrize("hosts", SIZES)
 def test_the_address_filters(show: Show, hosts: int) -> None:
     report = example(hosts)
-    assert sorted(show(hosts, "#outcome=changed").run(SHOWN)) == names(report, "changed")
-    rows = show(hosts, "#outcome=rolled_back,failed").run(SHOWN)
+    assert sorted(show(hosts, "#outcome=changed").evaluate(SHOWN)) == names(report, "changed")
+    rows = show(hosts, "#outcome=rolled_back,failed").evaluate(SHOWN)
     assert sorted(rows) == names(report, "rolled_back", "failed")
     # All words, in any column and in any case; also in what is folded away.
-    rows = show(hosts, "#q=NOT+ready+GPU").run(SHOWN)
+    rows = show(hosts, "#q=NOT+ready+GPU").evaluate(SHOWN)
     assert sorted(rows) == names(report, "rolled_back")
-    assert show(hosts, f"#q={report['hosts'][1]['after']['uuid']}").run(SHOWN) == names(report)[1:2]
+    assert show(hosts, f"#q={report['hosts'][1]['after']['uuid']}").evaluate(SHOWN) == names(report)[1:2]
 
 
 def test_the_filters_work_together(show: Show) -> None:
     report = example(60)
     page = show(60, "#sort=host&dir=desc&outcome=changed,failed&q=gpu1")
     wanted = [name for name in names(report, "changed", "failed") if name.startswith("gpu1")]
-    assert page.run(SHOWN) == sorted(wanted, reverse=True)
-    assert page.run("document.querySelector('#shown').textContent") == f"{len(wanted)} of 60"
+    assert page.evaluate(SHOWN) == sorted(wanted, reverse=True)
+    assert page.evaluate("document.querySelector('#shown').textContent") == f"{len(wanted)} of 60"
     # The timelines show the same hosts.
-    bright = page.run("[...document.querySelectorAll('g:not(.off)')].map(bar => bar.dataset.host)")
+    bright = page.evaluate("[...document.querySelectorAll('g:not(.off)')].map(bar => bar.dataset.host)")
     assert sorted(bright) == wanted
 
 
 def test_an_address_that_makes_no_sense_shows_everything(show: Show) -> None:
     page = show(60, "#sort=nonsense&dir=up&outcome=<b>,__proto__&q=")
-    assert page.run(SHOWN) == show(60).run(SHOWN)
+    assert page.evaluate(SHOWN) == show(60).evaluate(SHOWN)
     page.click(".chips .failed")
-    assert page.run(SHOWN) == names(example(60), "failed")
-    assert show(60, "#q=<img src=x onerror=alert(1)>").run(SHOWN) == []
+    assert page.evaluate(SHOWN) == names(example(60), "failed")
+    assert show(60, "#q=<img src=x onerror=alert(1)>").evaluate(SHOWN) == []
 
 
 def test_every_column_sorts_by_a_click_and_back_by_another(show: Show) -> None:
     page = show(60)
-    for key in page.run("[...document.querySelectorAll('thead th')].map(head => head.dataset.key)"):
+    for key in page.evaluate("[...document.querySelectorAll('thead th')].map(head => head.dataset.key)"):
         seen = {}
         for _ in range(2):
             page.click(f"th[data-key={key}] button")
-            way = page.run(f"document.querySelector('th[data-key={key}]').ariaSort")
-            assert page.run("document.querySelectorAll('th[aria-sort]').length") == 1
-            seen[way] = page.run(SHOWN)
+            way = page.evaluate(f"document.querySelector('th[data-key={key}]').ariaSort")
+            assert page.evaluate("document.querySelectorAll('th[aria-sort]').length") == 1
+            seen[way] = page.evaluate(SHOWN)
         assert set(seen) == {"ascending", "descending"}
         assert seen["ascending"] != seen["descending"], key
         # What the address says now is the same view in another window.
-        assert show(60, page.run("location.hash")).run(SHOWN) == page.run(SHOWN), key
+        assert show(60, page.evaluate("location.hash")).evaluate(SHOWN) == page.evaluate(SHOWN), key
 
 
 def test_a_total_is_a_filter_and_the_address_follows(show: Show) -> None:
@@ -134,72 +163,76 @@ def test_a_total_is_a_filter_and_the_address_follows(show: Show) -> None:
     page = show(60)
     page.click(".chips .failed")
     page.click(".chips .refused")
-    assert sorted(page.run(SHOWN)) == names(report, "failed", "refused")
-    assert page.run("location.hash") == "#outcome=failed,refused"
+    assert sorted(page.evaluate(SHOWN)) == names(report, "failed", "refused")
+    assert page.evaluate("location.hash") == "#outcome=failed,refused"
     page.click(".chips .failed")
-    assert page.run(SHOWN) == names(report, "refused")
-    assert page.run("[...document.querySelectorAll('[aria-pressed=true]')].map(one => one.className)") == [
-        "refused"
-    ]
+    assert page.evaluate(SHOWN) == names(report, "refused")
+    assert page.evaluate(
+        "[...document.querySelectorAll('[aria-pressed=true]')].map(one => one.className)"
+    ) == ["refused"]
     page.click(".chips .all")
-    assert len(page.run(SHOWN)) == 60
+    assert len(page.evaluate(SHOWN)) == 60
 
 
 def test_text_is_typed_and_cleared(show: Show) -> None:
     page = show(60)
     page.click("#q")
-    page.type("gpu2 5060")
-    assert page.run(SHOWN)
-    assert page.run("location.hash") == "#q=gpu2+5060"
-    page.type(" no such thing")
-    assert page.run(SHOWN) == []
+    page.keyboard.insert_text("gpu2 5060")
+    assert page.evaluate(SHOWN)
+    assert page.evaluate("location.hash") == "#q=gpu2+5060"
+    page.keyboard.insert_text(" no such thing")
+    assert page.evaluate(SHOWN) == []
     page.click("#clear")
-    assert len(page.run(SHOWN)) == 60
-    assert page.run(FOCUSED) == "q"
+    assert len(page.evaluate(SHOWN)) == 60
+    assert page.evaluate(FOCUSED) == "q"
 
 
 def test_a_bar_leads_to_its_host(show: Show) -> None:
     page = show(60, "#outcome=failed")
     page.click("g[data-host=gpu10] rect:last-child")
-    assert page.run(SHOWN) == ["gpu10"]
-    assert 0 <= page.run("document.querySelector('tbody tr:not([hidden])').getBoundingClientRect().top") < 900
+    assert page.evaluate(SHOWN) == ["gpu10"]
+    assert (
+        0
+        <= page.evaluate("document.querySelector('tbody tr:not([hidden])').getBoundingClientRect().top")
+        < 900
+    )
 
 
 def test_going_back_in_the_address_goes_back_in_the_view(show: Show) -> None:
     page = show(60)
-    page.run(
+    page.evaluate(
         "new Promise(done => { addEventListener('hashchange', done); location.hash = 'outcome=failed' })"
     )
-    assert page.run(SHOWN) == names(example(60), "failed")
-    page.run("new Promise(done => { addEventListener('hashchange', done); history.back() })")
-    assert len(page.run(SHOWN)) == 60
+    assert page.evaluate(SHOWN) == names(example(60), "failed")
+    page.evaluate("new Promise(done => { addEventListener('hashchange', done); history.back() })")
+    assert len(page.evaluate(SHOWN)) == 60
 
 
 def test_the_keyboard_gets_everywhere_and_is_seen(show: Show) -> None:
     page = show(3)
     reached = []
     for _ in range(40):
-        page.press("Tab")
-        reached.append(page.run(FOCUSED))
-        if page.run("document.activeElement !== document.body"):
-            assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", reached[-1]
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(FOCUSED))
+        if page.evaluate("document.activeElement !== document.body"):
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", reached[
+                -1
+            ]
     assert {"all 3", "changed 1", "q", "shown", "Host", "Downtime", "proof"} <= set(reached)
 
 
 def test_a_thousand_hosts_are_sorted_by_a_click(show: Show) -> None:
     page = show(1000)
     for key in ("host", "downtime", "error", "outcome"):
-        page.run(f"document.querySelector('th[data-key={key}] button').click()")
-        assert page.run("document.querySelectorAll('tbody tr').length") == 1000
-        assert page.run(f"document.querySelector('th[data-key={key}]').ariaSort") != "none"
+        page.evaluate(f"document.querySelector('th[data-key={key}] button').click()")
+        assert page.evaluate("document.querySelectorAll('tbody tr').length") == 1000
+        assert page.evaluate(f"document.querySelector('th[data-key={key}]').ariaSort") != "none"
 
 
 def test_without_javascript_everything_can_be_read(show: Show) -> None:
     report = example(60)
     page = show(60, script=False)
-    # It is asked from outside: in the page nothing runs.
-    root = page.ask("DOM.getDocument")["root"]["nodeId"]
-    content = page.ask("DOM.getOuterHTML", nodeId=root)["outerHTML"]
+    content = page.content()
     rows = re.findall(r"<tr class=.*?</tr>", content, re.DOTALL)
     seen = [re.sub(r"<[^>]+>", "", row).split()[0] for row in rows]
     assert sorted(seen) == names(report)
@@ -208,17 +241,18 @@ def test_without_javascript_everything_can_be_read(show: Show) -> None:
         (row,) = (row for row in rows if f"<bdi>{host['name']}<" in row)
         assert all(html.escape(line, quote=False) in row for line in (host["error"] or "").split("\n"))
     assert "<noscript><p" in content
-    table = page.ask("DOM.querySelector", nodeId=root, selector="tbody")["nodeId"]
-    assert page.ask("DOM.getBoxModel", nodeId=table)["model"]["height"] > 60 * 20
+    box = page.locator("tbody").bounding_box()
+    assert box
+    assert box["height"] > 60 * 20
 
 
 @pytest.mark.parametrize("width", [380, 700, 1250, 1400])
 @pytest.mark.parametrize("hosts", SIZES)
 def test_nothing_sticks_out_at_any_width(show: Show, hosts: int, width: int) -> None:
     page = show(hosts, width=width)
-    assert page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     # No text lies over that of the next column.
-    overlaps = page.run(
+    overlaps = page.evaluate(
         "[...document.querySelectorAll('tbody td, tbody th, dd, .picture')].slice(0, 400)"
         ".filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.className + one.textContent)"
     )
@@ -249,58 +283,40 @@ def test_light_and_dark(show: Show, hosts: int, width: int) -> None:
 @pytest.mark.parametrize("hosts", SIZES)
 def test_it_can_be_printed(show: Show, hosts: int) -> None:
     page = show(hosts, dark=True)
-    count = int(max(re.findall(rb"/Count (\d+)", page.pdf()), key=int))
-    assert 1 <= count <= 3 + hosts / 10
-    page.ask(
-        "Emulation.setEmulatedMedia",
-        media="print",
-        features=[{"name": "prefers-color-scheme", "value": "dark"}],
+    count = int(
+        max(re.findall(rb"/Count (\d+)", page.pdf(prefer_css_page_size=True, print_background=True)), key=int)
     )
+    assert 1 <= count <= 3 + hosts / 10
+    page.emulate_media(media="print")
     # Ink on white paper, whatever the screen is like; and the cure is not folded away.
     assert min(first_pixel(page.screenshot())) == 255
-    folded = page.run(
+    folded = page.evaluate(
         "[...document.querySelectorAll('tbody details:not(.proof) p')].filter(one => !one.checkVisibility()).length"
     )
     assert folded == 0
 
 
-def test_what_a_host_says_runs_nowhere(browser: Browser, tmp_path: Path) -> None:
+def test_what_a_host_says_runs_nowhere(opening: Show, opened: Opened, tmp_path: Path) -> None:
     """The policy is only the second wall: nothing reaches it."""
     report = example(3)
     hostile = "<img src=x onerror=alert(1)><script>alert(1)</script>\"' onmouseover=alert(1) {{ 7 * 7 }}"
     text = json.dumps(report).replace("gpu0", f"{hostile}gpu0".replace('"', '\\"'))
     reports.write(json.loads(text), tmp_path)
-    page = browser.open((tmp_path / "report.html").as_uri())
-    assert len(page.run(SHOWN)) == 3
-    assert all(name.startswith(hostile) for name in page.run(SHOWN))
+    page = opening((tmp_path / "report.html").as_uri())
+    assert len(page.evaluate(SHOWN)) == 3
+    assert all(name.startswith(hostile) for name in page.evaluate(SHOWN))
     page.click("g[data-host] rect:last-child")
-    assert len(page.run(SHOWN)) == 1
-    assert page.complaints == []
-    assert page.fetched == [(tmp_path / "report.html").as_uri()]
-    page.close()
+    assert len(page.evaluate(SHOWN)) == 1
+    assert opened == [(page, [], [(tmp_path / "report.html").as_uri()])]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_policy_holds(browser: Browser, tmp_path: Path, scheme: str) -> None:
+def test_the_policy_holds(opening: Show, opened: Opened, tmp_path: Path) -> None:
     """A page into which something did get: the browser refuses it."""
     reports.write(example(3), tmp_path)
     path = tmp_path / "report.html"
     evil = "<script>document.title = 'owned'</script><img src='http://example.org/x.png'>"
     path.write_text(path.read_text(encoding="utf-8").replace("<main>", f"<main>{evil}"), encoding="utf-8")
-    page = browser.open(path.as_uri(), dark=scheme == "dark")
-    assert page.run("document.title") != "owned"
-    assert [one for one in page.complaints if "Content Security Policy" in json.dumps(one)]
-    page.close()
-
-
-@pytest.mark.skipif(not EXECUTABLE, reason="there is no Chromium here; `make browser` says why")
-def test_a_view_can_be_read_from_the_shell(pages: dict[int, str], tmp_path: Path) -> None:
-    """One command is enough, and no protocol: whoever has no window can look, too."""
-    done = subprocess.run(
-        [str(EXECUTABLE), *OPTIONS, f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--v=0", "--dump-dom",
-         f"{pages[60]}#outcome=failed&sort=downtime&dir=desc"],
-        check=True, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
-    shown = re.findall(r'<tr class="\w+">\s*<th scope="row" class="host"><bdi>(\w+)', done.stdout)
-    assert shown == names(example(60), "failed")
+    page = opening(path.as_uri())
+    assert page.title() != "owned"
+    ((_page, complaints, _fetched),) = opened
+    assert len([one for one in complaints if "Content Security Policy" in one]) == 2

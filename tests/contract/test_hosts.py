@@ -30,10 +30,6 @@ def play(
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
-def test_there_are_playbooks() -> None:
-    assert {"serve", "verify", "teardown", "rollout"} <= {path.stem for path in PLAYBOOKS}
-
-
 @pytest.mark.parametrize(
     "playbook", [*PLAYBOOKS, ROOT / "serve.yml"], ids=lambda path: str(path.relative_to(ROOT))
 )

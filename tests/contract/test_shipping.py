@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 from tests.gpu_host import ROOT
 
@@ -39,3 +41,13 @@ def test_what_runs_on_the_hosts_is_python_3_8_and_its_standard_library(path: Pat
     assert roots <= sys.stdlib_module_names | {"ansible", "ansible_collections"}
     # Annotations that only newer ones can evaluate stay text.
     assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+
+
+def test_the_workflow_runs_the_ansible_core_that_each_python_is_given() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    lines = (ROOT / "requirements/runtime.in").read_text(encoding="utf-8").splitlines()
+    given = [Requirement(line) for line in lines if line.startswith("ansible-core")]
+    for run in workflow["jobs"]["unit"]["strategy"]["matrix"]["include"]:
+        python = {"python_version": run["python"]}
+        (one,) = [one for one in given if one.marker and one.marker.evaluate(python)]
+        assert one.specifier.contains(f"{run['ansible']}.0") is not run.get("unlocked", False), run

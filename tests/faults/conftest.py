@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.gpu_host import ROOT, GpuHost, running
+from tests.gpu_host import ROOT, GpuHost
+from tests.gpu_host import started as start
 
 TABLE = ROOT / ".cache/faults.md"
 HEAD = "| fault | what the play reported | serves afterwards | files changed |\n|---|---|---|---|\n"
@@ -18,9 +20,9 @@ def pytest_configure(config: Any) -> None:  # noqa: ANN401 - pytest's own class 
 
 
 @pytest.fixture(scope="session")
-def started() -> GpuHost:
-    """The host that the Molecule scenario has made."""
-    return running("faults")
+def started() -> Iterator[GpuHost]:
+    with start("faults") as host:
+        yield host
 
 
 @pytest.fixture

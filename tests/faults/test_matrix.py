@@ -3,14 +3,18 @@
 Each row starts on a host with a proven server on GPU 0 and asks for GPU 1
 while something is wrong. It says what the play must report, what must serve
 afterwards on which card, and which of the service's files may have changed.
-After the cure, a plain run must always bring the asked server up.
+A play that failed must leave the container as it was, too. After the cure, a
+plain run must always bring the asked server up.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +47,7 @@ def engine(action: str, *options: str) -> Step:
 
 def engine_back(host: GpuHost) -> None:
     gpuhost("engine", host.name, "restart")
-    host.look.check_output("for i in $(seq 100); do curl -sf 127.0.0.1:8000/health && break; sleep 0.2; done")
+    host.wait_healthy()
 
 
 def play(host: GpuHost, variables: dict[str, object]) -> Result:
@@ -130,14 +134,27 @@ def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], 
 
 
 def engine_away(host: GpuHost) -> None:
-    """As an upgrade of the engine's package does."""
+    """As an upgrade of the engine's package does; the play goes on meanwhile."""
     gpuhost("engine", host.name, "stop")
-    time.sleep(8)
-    gpuhost("engine", host.name, "start")
+    threading.Timer(8, lambda: gpuhost("engine", host.name, "start")).start()
 
 
 def kill(_host: GpuHost) -> None:
     """Stands for SIGKILL to the whole play."""
+
+
+def killed(at: str, changed: str = ".env") -> Callable[[GpuHost, dict[str, object]], Result]:
+    """Kill the play at a line of its output; what the next one does."""
+
+    def run(host: GpuHost, variables: dict[str, object]) -> Result:
+        before = digests(host)
+        first = while_it_runs(at, kill)(host, variables)
+        assert first.code == -signal.SIGKILL, first.output
+        assert differing(before, digests(host)) == changed
+        host.cure()
+        return play(host, variables)
+
+    return run
 
 
 def second_play(host: GpuHost) -> None:
@@ -152,15 +169,20 @@ def two_plays(host: GpuHost, variables: dict[str, object]) -> Result:
     return host.second  # type: ignore[attr-defined,no-any-return]
 
 
-def served_then_verified(host: GpuHost, variables: dict[str, object]) -> Result:
-    """A server that dies just after the proof: what verify says a moment later."""
-    play(host, variables)
-    for _ in range(20):
-        result = host.play("playbooks/verify.yml")
-        if result.code:
-            return result
-        time.sleep(0.5)
-    return result
+def served_then_verified(*fault: str) -> Callable[[GpuHost, dict[str, object]], Result]:
+    """What verify says of a server that is broken once it is proven."""
+
+    def run(host: GpuHost, variables: dict[str, object]) -> Result:
+        done = play(host, variables)
+        assert done.code == 0, done.output
+        host.fault(*fault)
+        while (result := host.play("playbooks/verify.yml")).code == 0:
+            time.sleep(0.5)
+        host.cure()
+        host.wait_healthy()
+        return result
+
+    return run
 
 
 def served_then_healthy(host: GpuHost, variables: dict[str, object]) -> Result:
@@ -182,6 +204,28 @@ MOUNT_FULL = (
 )
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
+# A fault that ends where the play goes back, so that the old server can start.
+PUTTING_BACK = "Put the files, the images' names and the server back"
+until_put_back = while_it_runs(PUTTING_BACK, GpuHost.cure)
+VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
+SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"
+PROJECT = "--label com.docker.compose.project=vllm-gpu"
+BY_HAND = (
+    f"cd {DIRECTORY} && rm -r .proven && cp docker-compose.serving.yml edited && "
+    "sed -i -e 's/shm_size:.*/shm_size: 1gb/' -e 's/init: true/&\\n    labels: [of=mine]/' edited && "
+    "sed -i 's/:8000:8000/:8077:8000/' edited && "
+    "GPU_DEVICE_ID=1 docker compose -p vllm-gpu -f edited up -d --wait; rm edited"
+)
+WITH_RM = (
+    f"docker rm -f vllm-server && docker run -d --rm --name vllm-server {PROJECT} "
+    f"--label com.docker.compose.service=vllm --label com.docker.compose.project.working_dir={DIRECTORY} {SLEEP}"
+)
+NOT_APPLIED = (
+    f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && "
+    "chgrp ops .env && touch -d 2020-01-02 .env && sed -i 2i#older check_gpu_allocation.sh && "
+    "chmod 700 check_gpu_allocation.sh"
+)
+NOWHERE: dict[str, object] = {"vllm_gpu_model": "acme/does-not-exist"}
 OLD_COMPOSE = (
     "mkdir -p ~/.docker/cli-plugins && cd ~/.docker/cli-plugins && "
     "printf '%s\\n' '#!/bin/sh' 'case \"$*\" in *\"version --short\"*) echo 2.10.0;; "
@@ -192,9 +236,9 @@ REGISTRY = (
     "mkdir -p /etc/docker/certs.d/127.0.0.1:5000 && cd /etc/docker/certs.d/127.0.0.1:5000 && "
     "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=registry -addext subjectAltName=IP:127.0.0.1 "
     "-keyout /root/registry.key -out ca.crt 2>/dev/null && cp ca.crt /root/registry.crt && cd /root && "
-    "{ python3 - >/dev/null 2>&1 </root/registry.py & sleep 1; }"
+    f"{{ python3 -c {shlex.quote((MATRIX / 'registry.py').read_text(encoding='utf-8'))} >/dev/null 2>&1 & sleep 1; }}"
 )
-NO_REGISTRY = "pkill -f 'python3 -$'; rm -rf /etc/docker/certs.d"
+NO_REGISTRY = "pkill -f '^python3 -c .*A registry on loopback'; rm -rf /etc/docker/certs.d"
 SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
 
 ROWS = [
@@ -202,10 +246,12 @@ ROWS = [
     Row("GPU id that doesn't exist (UUID)", "has no such GPU. It could be 0", variables={"gpu_device_id": "GPU-" + "00000000-0000-0000-0000-000000000000"}),
     Row("malformed id `0,1`", "is not the id of one GPU", variables={"gpu_device_id": "0,1"}),
     Row("malformed id `$(reboot)`", "is not the id of one GPU", variables={"gpu_device_id": "$(reboot)"}),
-    Row("no driver", "The NVIDIA driver is not loaded", fault("driver=gone"), cure=fault("--clear")),
-    Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=fault("--clear")),
-    Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=fault("--clear")),
-    Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=fault("--clear")),
+    Row("malformed id with a line break", r'gpu_device_id is "1\\nVLLM_MODEL=other", which is not the id of one GPU', variables={"gpu_device_id": "1\nVLLM_MODEL=other"}),
+    Row("misspelt variables", "(?s)(?=.*GPU_DEVICE_ID is not)(?=.*gpu_id is not).*vllm_gpu_modle is not a variable of this role", variables={"gpu_id": 1, "GPU_DEVICE_ID": 1, "vllm_gpu_modle": 1}),
+    Row("no driver", "The NVIDIA driver is not loaded", fault("driver=gone"), cure=GpuHost.cure),
+    Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
+    Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
+    Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
     Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
     Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
@@ -221,44 +267,53 @@ ROWS = [
     Row("port taken by another program", "Port 9000 on 127.0.0.1 is already in use by python3 .pid", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
     Row("port taken by another container", "Port 9000 on 127.0.0.1 is already in use by container grafana. Stop that container",
-        on_host("docker run -d --name grafana -p 127.0.0.1:9000:3000 --entrypoint sleep vllm/vllm-openai:v0.32.0 600"),
+        on_host(f"docker run -d --name grafana -p 127.0.0.1:9000:3000 {SLEEP}"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
     Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
+    Row("a container of somebody else has the server's name", "exists already, of no Compose project.*docker rm -f vllm-server", on_host(f"docker rm -f vllm-server && docker run -d --name vllm-server {SLEEP}"),
+        cure=on_host("docker rm -f vllm-server"), serves=""),
+    Row("a container of somebody else in the Compose project", "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db", on_host(f"docker run -d --name chat-db {PROJECT} {SLEEP}"),
+        cure=on_host("docker rm -f chat-db")),
+    Row("a server that was started from another directory", f"started from {DIRECTORY} and not from /opt/elsewhere", variables={"vllm_gpu_project_dir": "/opt/elsewhere"}),
+    Row("a server that was started with --rm", "could not be put back if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
+    Row("a server that was started with --rm, and may go", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
     Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("crash loop", "The server died", fault("crash=traceback"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("bad model", "is not a valid model identifier", variables={"vllm_gpu_model": "acme/does-not-exist"}),
+        run=until_put_back),
+    Row("crash loop", "The server died", fault("crash=traceback"), run=until_put_back),
+    Row("bad model", "is not a valid model identifier", variables=NOWHERE),
     Row("wrong flag", "unrecognized arguments", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
     Row("never healthy", "was not ready after 5 s", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+        run=until_put_back),
     Row("port never opens", "was not ready after 5 s", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+        run=until_put_back),
     Row("healthy but serving another model", "it serves acme/other, not Qwen/Qwen3-0.6B", fault("serve_as=acme/other"),
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
+        run=until_put_back),
+    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=until_put_back),
+    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=until_put_back),
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("crash_after=3"),
-        run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
-    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503", fault("worker_dies_after=3"),
-        run=served_then_verified, cure=fault("--clear"), serves="*", changed=".env"),
+        run=until_put_back),
+    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=until_put_back),
+    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+        run=served_then_verified("crash_after=0.1"), serves="1", changed=".env"),
+    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+        run=served_then_verified("worker_dies_after=0.1"), serves="1", changed=".env"),
     Row("disk full while writing", "could not be written: No space left on device", on_host(MOUNT_FULL), cure=on_host(UNMOUNT)),
     Row("read-only target directory", "could not be written: Read-only file system", on_host(MOUNT_READ_ONLY), cure=on_host(UNMOUNT)),
     Row("unparseable existing .env", "the quote after MINE= is never closed", on_host(f"echo \"MINE='x\" >> {DIRECTORY}/.env"),
         cure=on_host(f"sed -i /^MINE=/d {DIRECTORY}/.env")),
     Row("hand-edited compose file", SUCCESS, on_host(f"sed -i 's/device_ids:.*/count: 1/' {DIRECTORY}/docker-compose.serving.yml"),
         serves="1", changed=".env docker-compose.serving.yml", succeeds=True),
+    Row("hand-edited compose file without ports", SUCCESS, on_host(f"cd {DIRECTORY} && sed -i 's/^    ports:/    network_mode: host/; /VLLM_BIND_ADDRESS/d' docker-compose.serving.yml"),
+        serves="1", changed=".env docker-compose.serving.yml", succeeds=True),
     Row("hand-edited API key", SUCCESS, on_host(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-by-hand/ {DIRECTORY}/.env"),
         serves="1", changed=".env", succeeds=True),
-    Row("play killed while it looks", "Validating", run=while_it_runs("Read the host", kill)),
-    Row("play killed after writing", "Write the compose file", fault("start_delay=2"), run=while_it_runs("Recreate the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
-    Row("play killed while it recreates", "Recreate the server", fault("start_delay=6"), run=while_it_runs("Wait until the server", kill), cure=fault("--clear"), serves="*", changed=".env"),
-    Row("play killed while it waits", "waiting: ", fault("health=503"), run=while_it_runs("waiting: ", kill), cure=fault("--clear"), serves="*", changed=".env"),
+    Row("play killed while it looks", SUCCESS, run=killed("Read the host", ""), serves="1", changed=".env", succeeds=True),
+    Row("play killed after writing", SUCCESS, fault("start_delay=2"), run=killed("Recreate the server"), serves="1", changed=".env", succeeds=True),
+    Row("play killed while it recreates", SUCCESS, fault("start_delay=6"), run=killed("Wait until the server"), serves="1", changed=".env", succeeds=True),
+    Row("play killed while it waits", SUCCESS, fault("health=503"), run=killed("waiting: "), serves="1", changed=".env", succeeds=True),
     Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
-    Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back, serves="*"),
+    Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back),
     Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
     Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
@@ -270,16 +325,22 @@ ROWS = [
     Row("an address that the host doesn't have", "This host can't listen on 192.0.2.7", variables={"vllm_gpu_bind_address": "192.0.2.7"}),
     Row("a training GPU that doesn't exist", 'names "01", but this host has no such GPU', variables={"vllm_gpu_training_gpus": ["01"]}),
     Row("an environment variable that chooses the card", "CUDA_VISIBLE_DEVICES: gpu_device_id alone decides", variables={"vllm_gpu_env": {"CUDA_VISIBLE_DEVICES": "0"}}),
-    Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=fault("--clear")),
+    Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=GpuHost.cure),
     Row("an API that answers a byte at a time", "no whole answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
-        run=while_it_runs("Put the files, the images' names and the server back", fault("--clear"))),
-    Row("engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", engine_away), cure=fault("--clear"), serves="1", changed=".env", succeeds=True),
+        run=until_put_back),
+    Row("engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", engine_away), cure=GpuHost.cure, serves="1", changed=".env", succeeds=True),
     Row("a proxy in Docker's configuration", SUCCESS, on_host("mkdir -p ~/.docker && echo '{\"proxies\": {\"default\": {\"httpProxy\": \"http://127.0.0.1:9\"}}}' >~/.docker/config.json"), run=served_then_healthy,
         cure=on_host("rm ~/.docker/config.json"), serves="1", changed=".env", succeeds=True),
     Row("a directory that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
     Row("a record that others could write", "can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
     Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
-    Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && chgrp ops .env"), variables={"vllm_gpu_model": "acme/does-not-exist"}),
+    Row("a record that leads elsewhere", "it leads to /tmp", on_host(f"ln -sfn /tmp {DIRECTORY}/.proven/current")),
+    Row("a directory of records that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}/.proven")),
+    Row("a .env that everybody can write", "can be changed by others than root", on_host(f"chmod 666 {DIRECTORY}/.env")),
+    Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(NOT_APPLIED), variables=NOWHERE),
+    Row("bad model, and a server that was started otherwise by hand", "serves as before: Qwen/Qwen3-0.6B on GPU 1", on_host(BY_HAND), variables={**NOWHERE, "gpu_device_id": "0"}, serves="1"),
+    Row("bad model, and a server that was stopped", "is as it was before, which was not proven: The container is exited", on_host("docker stop vllm-server"), variables=NOWHERE, serves=""),
+    Row("bad model, and the engine restarts on the way back", "serves as before: Qwen/Qwen3-0.6B on GPU 0", variables=NOWHERE, run=while_it_runs(PUTTING_BACK, engine_away)),
     Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
     Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
@@ -288,34 +349,28 @@ ROWS = [
 
 
 def digests(host: GpuHost) -> dict[str, str]:
-    """The service's files: their checksums, modes, owners, groups and where they link to."""
+    """The service's files: their checksums, modes, owners, groups, times and where they link to."""
     listing = host.look.run(
-        f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %F' $f) $(readlink $f); done"
+        f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %Y %F' $f) $(readlink $f); done"
     ).stdout
     return dict(line.split(" ", 1) for line in listing.splitlines())
 
 
-def baseline(host: GpuHost) -> None:
-    """A proven server on GPU 0, from files that nobody has touched."""
-    host.look.run(f"cmp -s {DIRECTORY}/.env /root/env || rm -f {DIRECTORY}/.env")
-    # The key that a row has set by hand is part of what was proven.
-    host.serve("-e", '{"gpu_device_id": "0", "vllm_gpu_api_key": ""}')
-    host.look.check_output(f"cp {DIRECTORY}/.env /root/env")
+def differing(before: dict[str, str], after: dict[str, str]) -> str:
+    return " ".join(sorted(name for name, digest in after.items() if digest != before.get(name)))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.fault)
 def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     host = started
-    host.fault("--clear")
-    host.look.check_output(
-        f"cat > /root/registry.py <<'END'\n{(MATRIX / 'registry.py').read_text(encoding='utf-8')}\nEND"
-    )
-    baseline(host)
+    host.put_back()
     row.prepare(host)
-    before = digests(host)
+    before, container, made = digests(host), host.container(), host.made()
 
     result = row.run(host, row.variables)
-    changed = " ".join(sorted(name for name, digest in digests(host).items() if digest != before.get(name)))
+    changed = differing(before, digests(host))
+    if "was left as it is, because" in result.output:
+        assert host.container() == container
     row.cure(host)
 
     said = re.search(row.says, result.output)
@@ -328,12 +383,13 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     )
     assert said, result.output
     assert (result.code == 0) == row.succeeds
-    assert changed == row.changed or (row.serves == "*" and changed in ("", row.changed))
-    assert row.serves in (serves, "*")
+    assert (serves, changed) == (row.serves, row.changed)
+    if re.search("serves as before|is as it was before", result.output):
+        assert host.made() == made
 
     # Whatever it was: running the play again is all that is needed. (Where the
-    # host was left as it is, the next row's start shows the same.)
-    host.fault("--clear")
-    if serves != "0" or changed:
+    # host was left as it is, the next row's play shows the same.)
+    host.cure()
+    if not row.succeeds and (serves != "0" or changed):
         host.serve(gpu_device_id=1)
         assert host.served_gpu() == "1"

@@ -281,5 +281,3 @@ def test_secrets_stay_where_they_belong(fleet: Fleet, tmp_path: Path) -> None:
     )
     assert kept.stdout == ""
     assert key not in json.dumps(done.events) + done.said + processes[0]
-    fleet.rollout("-e", json.dumps({"vllm_gpu_force": []}), "--limit", "fleet1", gpu=0)
-    fleet.hosts["fleet1"].serve("-e", '{"vllm_gpu_api_key": "", "gpu_device_id": 0}')

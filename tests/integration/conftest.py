@@ -19,7 +19,7 @@ def started() -> Iterator[GpuHost]:
 @pytest.fixture
 def clean_host(started: GpuHost) -> GpuHost:
     """The host as if it had never been provisioned."""
-    started.fault("--clear")
+    started.cure()
     started.look.run(
         "docker rm -f vllm-server; docker volume ls -q | xargs -r docker volume rm; docker network prune -f; "
         f"rm -rf {DIRECTORY} /run/vllm_gpu.lock"
@@ -30,9 +30,5 @@ def clean_host(started: GpuHost) -> GpuHost:
 @pytest.fixture
 def served(started: GpuHost) -> GpuHost:
     """The host with a proven server on GPU 0, set up by the role's defaults."""
-    started.fault("--clear")
-    # What the test before wrote in there is its own affair.
-    started.look.run(f"cmp -s {DIRECTORY}/.env /root/env || rm -f {DIRECTORY}/.env")
-    started.serve(gpu_device_id=0)
-    started.look.check_output(f"cp {DIRECTORY}/.env /root/env")
+    started.put_back()
     return started

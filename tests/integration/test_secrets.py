@@ -94,28 +94,6 @@ def test_secrets_are_in_no_artifact_of_the_runner(clean_host: GpuHost, vault: st
         assert TOKEN not in text, path
 
 
-def test_the_api_key_is_asked_for(clean_host: GpuHost, vault: str) -> None:
-    clean_host.serve("-e", vault, gpu_device_id=1)
-    models = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
-    assert clean_host.look.check_output(models) == "401"
-    assert clean_host.look.check_output(f"{models} -H 'Authorization: Bearer {KEY}'") == "200"
-    # A second run knows the key from the host's .env, and changes nothing.
-    assert clean_host.serve(gpu_device_id=1).changed == 0
-
-
-def test_a_key_with_a_dollar_sign_means_itself(clean_host: GpuHost) -> None:
-    clean_host.serve("-e", '{"vllm_gpu_api_key": "pa$word-12345678"}', gpu_device_id=1)
-    # By hand, and not applied yet: the next run applies it, and keeps it.
-    clean_host.look.check_output(
-        f"sed -i \"s/^VLLM_API_KEY=.*/VLLM_API_KEY='\\$\\${{x}}by-hand-1234'/\" {DIRECTORY}/.env"
-    )
-    clean_host.serve(gpu_device_id=1)
-    models = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
-    assert clean_host.look.check_output(models) == "401"
-    assert clean_host.look.check_output(f"{models} -H 'Authorization: Bearer $${{x}}by-hand-1234'") == "200"
-    assert clean_host.serve(gpu_device_id=1).changed == 0
-
-
 def test_what_the_log_says_leaves_the_host_without_secrets_and_control_characters(served: GpuHost) -> None:
     """The key is only in the host's .env: nobody has told it to the play."""
     served.look.check_output(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={KEY}/ {DIRECTORY}/.env")
@@ -128,25 +106,22 @@ def test_what_the_log_says_leaves_the_host_without_secrets_and_control_character
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", output)
 
 
-def test_an_empty_key_removes_it(clean_host: GpuHost, vault: str) -> None:
-    clean_host.serve("-e", vault, gpu_device_id=1)
-    clean_host.serve(gpu_device_id=1, vllm_gpu_api_key="")
-    assert "VLLM_API_KEY=\n" in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
-    assert clean_host.look.check_output("curl -sf http://127.0.0.1:8000/v1/models")
+def test_a_key_is_asked_for_kept_changed_and_removed(served: GpuHost, vault: str) -> None:
+    def models(key: str) -> str:
+        ask = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
+        return str(served.look.check_output(f"{ask} -H 'Authorization: Bearer {key}'"))
 
-
-def test_a_host_with_another_key_is_not_spoken_to(started: GpuHost, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    config = started.ssh_config.read_text(encoding="utf-8")
-    port = re.findall(r"Port (\d+)", config)[0]
-    other = " ".join(key.with_suffix(".pub").read_text(encoding="utf-8").split()[:2])
-    (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{port} {other}\n", encoding="utf-8")
-    changed = re.sub(r"(UserKnownHostsFile) .*", rf'\1 "{tmp_path}/known_hosts"', config)
-    (tmp_path / "ssh_config").write_text(changed, encoding="utf-8")
-    done = subprocess.run(
-        ["ssh", "-F", str(tmp_path / "ssh_config"), started.alias, "true"], capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "Host key verification failed" in done.stderr
-    assert started.look.check_output("true") == ""
+    served.serve("-e", vault, gpu_device_id=0)
+    assert (models("none"), models(KEY)) == ("401", "200")
+    # A second run knows the key from the host's .env, and changes nothing.
+    assert served.serve(gpu_device_id=0).changed == 0
+    # By hand, and not applied yet: the next run applies it, and keeps it; a dollar sign means itself.
+    served.look.check_output(
+        f"sed -i \"s/^VLLM_API_KEY=.*/VLLM_API_KEY='\\$\\${{x}}by-hand-1234'/\" {DIRECTORY}/.env"
+    )
+    served.serve(gpu_device_id=0)
+    assert (models(KEY), models("$${x}by-hand-1234")) == ("401", "200")
+    assert served.serve(gpu_device_id=0).changed == 0
+    served.serve(gpu_device_id=0, vllm_gpu_api_key="")
+    assert "VLLM_API_KEY=\n" in served.look.check_output(f"cat {DIRECTORY}/.env")
+    assert models("none") == "200"

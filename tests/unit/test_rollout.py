@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from fleet.processes import kill_tree
 
+from tests.unit.conftest import Script
+
 ROOT = Path(__file__).resolve().parents[2]
 # Hosts without an engine or a way to root: each would be refused.
 HOSTS = """
@@ -111,14 +113,16 @@ def last(folder: Path, **changes: Any) -> None:  # noqa: ANN401
         (("--resume", "--reports", "hosts.yml"), "hosts.yml/latest/report.json can't be read"),
     ],
 )
-def test_wrong_usage_asks_nothing_of_any_host(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_wrong_usage_asks_nothing_of_any_host(
+    script: Script, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
     (tmp_path / "garbage").write_bytes(bytes(range(256)))
     (tmp_path / "empty").mkdir()
-    done = rollout(tmp_path, *words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("scripts/rollout: ")
-    assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    code, out, err = script("-i", "hosts.yml", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("scripts/rollout: ")
+    assert said in err
     assert not (tmp_path / "rollouts").exists()
 
 
@@ -139,13 +143,13 @@ def test_wrong_usage_asks_nothing_of_any_host(tmp_path: Path, words: tuple[str, 
     ],
 )  # fmt: skip
 def test_what_can_not_be_resumed_is_named(
-    tmp_path: Path, before: dict[str, Any], words: tuple[str, ...], said: str
+    script: Script, tmp_path: Path, before: dict[str, Any], words: tuple[str, ...], said: str
 ) -> None:
+    (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
     last(tmp_path, **before)
-    done = rollout(tmp_path, "--resume", *words, inventory="")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    code, out, err = script("--resume", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["latest"]
 
 

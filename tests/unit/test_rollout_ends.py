@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
+from tests.unit.conftest import Script as Rollout
 from tests.unit.test_progress import Feed, look
 
-ROOT = Path(__file__).resolve().parents[2]
 Play = Callable[[Feed], None]
 
 
@@ -46,24 +43,15 @@ class Script(Protocol):
 
 
 @pytest.fixture
-def rollout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Script:
-    """Return the script, over three hosts; called, it returns its exit code and what it prints."""
-    for name in ("ANSIBLE_CONFIG", "ANSIBLE_HOST_PATTERN_MISMATCH"):
-        monkeypatch.setenv(name, str(ROOT / "ansible.cfg"))  # so that they are as before in the end
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    loader = importlib.machinery.SourceFileLoader("rollout_script", str(ROOT / "scripts/rollout"))
-    spec = importlib.util.spec_from_loader("rollout_script", loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    monkeypatch.setattr(module, "STOPS", ())
+def rollout(script: Rollout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
+    """Return the script, over three hosts and the given play."""
     (tmp_path / "hosts.yml").write_text("vllm_gpu: {hosts: {a: {}, b: {}, c: {}}}\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
 
     def run(play: Play, rc: int | None, *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(module, "init_runner", lambda event_handler, **_: Runner(play, rc, event_handler))
-        monkeypatch.setattr(sys, "argv", ["rollout", "-i", "hosts.yml", *words])
-        return (module.main(), *capsys.readouterr())
+        monkeypatch.setattr(
+            script.module, "init_runner", lambda event_handler, **_: Runner(play, rc, event_handler)
+        )
+        return script("-i", "hosts.yml", *words)
 
     return run
 
