@@ -17,11 +17,12 @@ from testinfra.host import Host
 
 ROOT = Path(__file__).resolve().parents[1]
 GPUHOST = ROOT / "molecule/simulated_host/gpuhost.py"
+CARDS = ROOT / "molecule/simulated_host/cards.json"
 DIRECTORY = "/opt/vllm-gpu"
 HEALTHY = "for i in $(seq 300); do curl -sf 127.0.0.1:8000/health && exit; sleep 0.2; done; exit 1"
-# From a copy of what a play has proven once: a play would cost ten times as much.
-KEEP = f"rm -rf /root/proven && cp -a {DIRECTORY} /root/proven"
-PUT_BACK = (
+# A copy of what a play has proven once: another play would take ten times as long.
+SAVE = f"rm -rf /root/proven && cp -a {DIRECTORY} /root/proven"
+RESTORE = (
     f"docker rm -f vllm-server; rm -rf /run/vllm_gpu.lock {DIRECTORY} && cp -a /root/proven {DIRECTORY} && "
     f"cd {DIRECTORY} && docker compose -f docker-compose.serving.yml up -d && {HEALTHY}"
 )
@@ -45,28 +46,27 @@ class Result(NamedTuple):
 
 
 class GpuHost:
-    """One simulated GPU host: `play` on it, look at it, make it misbehave."""
+    """One simulated GPU host: `play` on it, read it over `ssh`, make it misbehave."""
 
     def __init__(self, name: str, inventory: Path) -> None:
         self.name = name
         self.inventory = inventory
         self.ssh_config = ROOT / f".cache/simulated-hosts/{name}/ssh_config"
         (self.alias,) = re.findall(r'ansible_host: "(\S+)"', inventory.read_text(encoding="utf-8"))
-        self.look: Host = testinfra.get_host(f"ssh://{self.alias}", ssh_config=str(self.ssh_config))
+        self.ssh: Host = testinfra.get_host(f"ssh://{self.alias}", ssh_config=str(self.ssh_config))
         self._proven: tuple[str, str] | None = None
         self._faulty = True  # as another run may have left it
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a play against this host runs with; its output comes line by line."""
-        # Whatever settings of Ansible this shell has.
-        mine = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+        """The environment of a play against this host, without the Ansible settings of this shell."""
+        others = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         return {
-            **mine,
+            **others,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ANSIBLE_INVENTORY": str(self.inventory),
             "ANSIBLE_NOCOLOR": "1",
-            "PYTHONUNBUFFERED": "1",
+            "PYTHONUNBUFFERED": "1",  # so that a test can act on a line
         }
 
     def play(self, playbook: str, *arguments: str, **variables: object) -> Result:
@@ -103,58 +103,58 @@ class GpuHost:
         if self._faulty:
             self.fault("--clear")
 
-    def put_back(self) -> None:
-        """A proven server on GPU 0, set up by the role's defaults, whatever was before."""
+    def restore(self) -> None:
+        """A proven server on GPU 0, set up by the role's defaults, whatever ran before."""
         self.cure()
         if self._proven and self._proven == (self.container(), self.files()):
             return
         if self._proven:
-            self.look.check_output(PUT_BACK)
+            self.ssh.check_output(RESTORE)
         else:
-            self.look.run(f"docker rm -f vllm-server; rm -rf {DIRECTORY}")
+            self.ssh.run(f"docker rm -f vllm-server; rm -rf {DIRECTORY}")
             self.serve(gpu_device_id=0)
-            self.look.check_output(KEEP)
+            self.ssh.check_output(SAVE)
         self._proven = (self.container(), self.files())
 
     def wait_healthy(self) -> None:
-        self.look.check_output(HEALTHY)
+        self.ssh.check_output(HEALTHY)
 
     def container(self) -> str:
-        """Which container runs and since when; '' where there is none."""
+        """The container's id, start and status; '' without one."""
         form = "{{.Id}} {{.State.StartedAt}} {{.State.Status}}"
-        done = self.look.run(f"docker inspect --format '{form}' vllm-server")
+        done = self.ssh.run(f"docker inspect --format '{form}' vllm-server")
         return str(done.stdout.strip()) if done.rc == 0 else ""
 
-    def made(self) -> str:
-        """All that the container was made from; '' where there is none."""
-        done = self.look.run("docker inspect vllm-server")
+    def made_from(self) -> str:
+        """All that the container was made from; '' without one."""
+        done = self.ssh.run("docker inspect vllm-server")
         if done.rc:
             return ""
         raw = json.loads(done.stdout)[0]
         raw["Config"].pop("Hostname")
         networks = sorted(raw["NetworkSettings"]["Networks"])
-        mounts = sorted(f"{one['Type']} {one['Name']} {one['Destination']}" for one in raw["Mounts"])
+        mounts = sorted(f"{mount['Type']} {mount['Name']} {mount['Destination']}" for mount in raw["Mounts"])
         made = [raw["Config"], raw["HostConfig"], raw["Image"], networks, mounts]
-        # An engine that was restarted has empty lists for what is not set.
+        # A restarted Docker Engine has empty lists for what is not set.
         return json.dumps(made, indent=1, sort_keys=True).replace(": null", ": []")
 
     def files(self) -> str:
         """Every file of the service with its inode, times and checksum."""
         listing = "find . -printf '%p %i %m %C@ %l\\n' | sort && find . -type f -exec md5sum {} +"
-        return str(self.look.run(f"cd {DIRECTORY} 2>/dev/null && {listing}").stdout)
+        return str(self.ssh.run(f"cd {DIRECTORY} 2>/dev/null && {listing}").stdout)
 
     def served_gpu(self) -> str:
-        """The index of the card that the server's own process holds, by nvidia-smi; '' where it doesn't run."""
-        pids = self.look.run("docker top vllm-server -eo pid").stdout.split()
-        rows = self.look.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
-        cards = self.look.check_output("nvidia-smi --query-gpu=uuid,index --format=csv,noheader")
+        """The index of the card that the server's own process holds, by nvidia-smi; '' without one."""
+        pids = self.ssh.run("docker top vllm-server -eo pid").stdout.split()
+        rows = self.ssh.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
+        cards = self.ssh.check_output("nvidia-smi --query-gpu=uuid,index --format=csv,noheader")
         index = dict(line.split(", ") for line in cards.splitlines())
         on = {index[row.split(", ")[0]] for row in rows.splitlines() if row.split(", ")[1] in pids}
         return ",".join(sorted(on))
 
 
 def running(name: str) -> GpuHost:
-    """The simulated GPU host of that name, which runs already."""
+    """The simulated GPU host of that name, which is running."""
     inventory = ROOT / ".cache" / f"{name}.yml"
     inventory.write_text(gpuhost("inventory", name), encoding="utf-8")
     return GpuHost(name, inventory)
@@ -162,7 +162,7 @@ def running(name: str) -> GpuHost:
 
 @contextlib.contextmanager
 def started(name: str) -> Iterator[GpuHost]:
-    """A fresh simulated GPU host of that name, for the time of a `with`."""
+    """A fresh simulated GPU host of that name, removed at the end of the `with`."""
     gpuhost("down", name)
     gpuhost("up", name)
     try:

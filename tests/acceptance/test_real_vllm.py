@@ -62,8 +62,8 @@ def ask(host: GpuHost, path: str, body: object = None, key: str = "") -> tuple[i
         words += f" -H 'Authorization: Bearer {key}'"
     if body is not None:
         words += f" -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-    status = int(host.look.run(words).stdout)
-    text = host.look.run("cat /root/answer").stdout
+    status = int(host.ssh.run(words).stdout)
+    text = host.ssh.run("cat /root/answer").stdout
     return status, json.loads(text) if text else None
 
 
@@ -85,15 +85,15 @@ def complete(host: GpuHost) -> list[str]:
 
 def proof(host: GpuHost, gpu: int) -> None:
     """The server is on this card and on no other: by nvidia-smi, the engine, and the referee."""
-    rows = host.look.check_output(
+    rows = host.ssh.check_output(
         "nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name --format=csv,noheader"
     )
-    uuids = host.look.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
-    top = host.look.check_output("docker top vllm-server -eo pid,ppid,comm")
-    requests = host.look.check_output(
+    uuids = host.ssh.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
+    top = host.ssh.check_output("docker top vllm-server -eo pid,ppid,comm")
+    requests = host.ssh.check_output(
         "docker inspect --format '{{json .HostConfig.DeviceRequests}}' vllm-server"
     )
-    referee = host.look.run(f"{DIRECTORY}/check_gpu_allocation.sh --deep --expect {gpu}")
+    referee = host.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh --deep --expect {gpu}")
     note(f"GPU {gpu}", f"{rows}\n\n{top}\n\n{requests}\n\n{referee.stdout}")
     (row,) = rows.splitlines()
     uuid, pid, _name = row.split(", ")
@@ -165,10 +165,10 @@ def test_a_key_guards_the_api(host: GpuHost, tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed(host: GpuHost) -> None:
-    pid = host.look.check_output("nvidia-smi --query-compute-apps=pid --format=csv,noheader")
-    host.look.check_output(f"kill -KILL {pid}")
+    pid = host.ssh.check_output("nvidia-smi --query-compute-apps=pid --format=csv,noheader")
+    host.ssh.check_output(f"kill -KILL {pid}")
     deadline = time.monotonic() + 60
-    while (referee := host.look.run(f"{DIRECTORY}/check_gpu_allocation.sh --json")).rc == 0:
+    while (referee := host.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh --json")).rc == 0:
         assert time.monotonic() < deadline
     note("The engine was killed", referee.stdout)
     assert play(host, "playbooks/verify.yml").code != 0

@@ -115,7 +115,7 @@ def without_api(host: GpuHost, words: Sequence[str | Path]) -> tuple[float, floa
     gone = next(at for up, at in seen if not up)
     back = seen[-1][1]
     form = "docker inspect --format '{{.State.StartedAt}}' vllm-server | xargs -I@ date -d @ +%s.%N"
-    begun = float(host.look.check_output(form))
+    begun = float(host.ssh.check_output(form))
     return back - gone, back - begun
 
 

@@ -1,10 +1,10 @@
-"""The fault matrix: whatever goes wrong, a proven server or the host as it was.
+"""The fault matrix: whatever goes wrong, a proven server runs, or the host is as it was.
 
-Each row starts on a host with a proven server on GPU 0 and asks for GPU 1
-while something is wrong. It says what the play must report, what must serve
-afterwards on which card, and which of the service's files may have changed.
-A play that failed must leave the container as it was, too. After the cure, a
-plain run must always bring the asked server up.
+Each row starts on a host with a proven server on GPU 0 and requests GPU 1 while
+something is wrong. It names what the play must report, the card that must serve
+afterwards, and which of the service's files may have changed. After a play that
+failed the container must be as it was, too. Once the fault is cured, a plain run
+must always bring the requested server up.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 import pytest
 from fleet.processes import kill_tree
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result, gpuhost
+from tests.gpu_host import CARDS, DIRECTORY, ROOT, GpuHost, Result, gpuhost
 
-MATRIX = ROOT / "tests/faults"
 FILES = ("docker-compose.serving.yml", ".env", "check_gpu_allocation.sh")
 Step = Callable[[GpuHost], object]
+Run = Callable[[GpuHost, dict[str, object]], Result]
 
 
 def nothing(_host: GpuHost) -> None:
@@ -38,15 +38,16 @@ def fault(*settings: str) -> Step:
 
 
 def on_host(script: str) -> Step:
-    return lambda host: host.look.check_output(script)
+    return lambda host: host.ssh.check_output(script)
 
 
-def engine(action: str, *options: str) -> Step:
-    return lambda host: gpuhost("engine", host.name, action, *options)
+def simulate(verb: str, *options: str) -> Step:
+    return lambda host: gpuhost(verb, host.name, *options)
 
 
-def engine_back(host: GpuHost) -> None:
-    gpuhost("engine", host.name, "restart")
+def restart_docker(host: GpuHost) -> None:
+    host.cure()
+    simulate("engine", "restart")(host)
     host.wait_healthy()
 
 
@@ -60,29 +61,21 @@ class Row:
     """One fault, and what must come of it."""
 
     fault: str
-    says: str
+    reports: str  # a regular expression, which only this fault's message matches
     prepare: Step = nothing
     variables: dict[str, object] = field(default_factory=dict)
     cure: Step = nothing
     serves: str = "0"
     changed: str = ""
     succeeds: bool = False
-    run: Callable[[GpuHost, dict[str, object]], Result] = play
-
-
-def tenant(host: GpuHost) -> None:
-    gpuhost("tenant", host.name, "--card", "1", "--mib", "9000")
-
-
-def no_tenant(host: GpuHost) -> None:
-    gpuhost("tenant", host.name, "--stop")
+    run: Run = play
 
 
 def other_cards(change: Callable[[dict[str, object], dict[str, object]], None]) -> Step:
     """The host's two cards as `change` makes them."""
 
     def step(host: GpuHost) -> None:
-        cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
+        cards = json.loads(CARDS.read_text(encoding="utf-8"))
         change(*cards["cards"])
         path = ROOT / ".cache/other-cards.json"
         path.write_text(json.dumps(cards), encoding="utf-8")
@@ -100,17 +93,8 @@ def divide_both(*cards: dict[str, object]) -> None:
         card["mig.mode.current"] = "Enabled"
 
 
-def engine_and_speed_back(host: GpuHost) -> None:
-    host.fault("--clear")
-    engine_back(host)
-
-
-def cards_back(host: GpuHost) -> None:
-    gpuhost("cards", host.name, str(ROOT / "molecule/simulated_host/cards.json"))
-
-
-def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], Result]:
-    """Start the play, act once when a line with `at` shows, and let it end."""
+def while_it_runs(line_with: str, act: Step) -> Run:
+    """Start the play, act once when a line with these words shows, and let it end."""
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
         words = ["ansible-playbook", "serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables})]
@@ -122,19 +106,20 @@ def while_it_runs(at: str, act: Step) -> Callable[[GpuHost, dict[str, object]], 
             assert process.stdout
             for line in process.stdout:
                 output += line
-                if at in line and not acted:
+                if line_with in line and not acted:
                     acted = True
                     if act is kill:
                         kill_tree(process.pid)
                     else:
                         act(host)
+        assert acted, output
         return Result(process.returncode, output)
 
     return run
 
 
-def engine_away(host: GpuHost) -> None:
-    """As an upgrade of the engine's package does; the play goes on meanwhile."""
+def docker_away(host: GpuHost) -> None:
+    """As an upgrade of Docker's package does; the play goes on meanwhile."""
     gpuhost("engine", host.name, "stop")
     threading.Timer(8, lambda: gpuhost("engine", host.name, "start")).start()
 
@@ -143,12 +128,12 @@ def kill(_host: GpuHost) -> None:
     """Stands for SIGKILL to the whole play."""
 
 
-def killed(at: str, changed: str = ".env") -> Callable[[GpuHost, dict[str, object]], Result]:
-    """Kill the play at a line of its output; what the next one does."""
+def killed(line_with: str, changed: str = ".env") -> Run:
+    """Kill the play at a line of its output; the result is the next play's."""
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
         before = digests(host)
-        first = while_it_runs(at, kill)(host, variables)
+        first = while_it_runs(line_with, kill)(host, variables)
         assert first.code == -signal.SIGKILL, first.output
         assert differing(before, digests(host)) == changed
         host.cure()
@@ -157,20 +142,21 @@ def killed(at: str, changed: str = ".env") -> Callable[[GpuHost, dict[str, objec
     return run
 
 
-def second_play(host: GpuHost) -> None:
-    """Meanwhile the first one waits, for as long as the fault is there."""
-    host.second = host.play("serve.yml", gpu_device_id=0, vllm_gpu_shm_size="1gb")  # type: ignore[attr-defined]
-    host.fault("--clear")
-
-
 def two_plays(host: GpuHost, variables: dict[str, object]) -> Result:
-    first = while_it_runs("waiting: ", second_play)(host, variables)
+    """A second play while the first one waits, as it does for as long as the fault is there."""
+    results: list[Result] = []
+
+    def second(host: GpuHost) -> None:
+        results.append(host.play("serve.yml", gpu_device_id=0, vllm_gpu_shm_size="1gb"))
+        host.cure()
+
+    first = while_it_runs("waiting: ", second)(host, variables)
     assert first.code == 0, first.output
-    return host.second  # type: ignore[attr-defined,no-any-return]
+    return results[0]
 
 
-def served_then_verified(*fault: str) -> Callable[[GpuHost, dict[str, object]], Result]:
-    """What verify says of a server that is broken once it is proven."""
+def served_then_verified(*fault: str) -> Run:
+    """What verify reports of a server that breaks once it is proven."""
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
         done = play(host, variables)
@@ -186,11 +172,10 @@ def served_then_verified(*fault: str) -> Callable[[GpuHost, dict[str, object]], 
 
 
 def served_then_healthy(host: GpuHost, variables: dict[str, object]) -> Result:
-    """The play, and what the engine's own health check says afterwards."""
+    """The play; afterwards Docker's own health check agrees."""
     result = play(host, variables)
-    ask = "docker inspect --format '{{.State.Health.Status}}' vllm-server"
     for _ in range(60):
-        health = host.look.check_output(ask)
+        health = host.ssh.check_output("docker inspect --format '{{.State.Health.Status}}' vllm-server")
         if health != "starting":
             break
         time.sleep(0.5)
@@ -198,15 +183,26 @@ def served_then_healthy(host: GpuHost, variables: dict[str, object]) -> Result:
     return result
 
 
+def served_then_seen(host: GpuHost, variables: dict[str, object]) -> Result:
+    """The play; afterwards the container sees its card, which it didn't before."""
+    inside = "docker exec vllm-server nvidia-smi -L"
+    assert host.ssh.run(inside).rc != 0
+    result = play(host, variables)
+    assert host.ssh.run(inside).rc == 0, result.output
+    return result
+
+
+# A secret in several rows' settings; no output may have it.
+PLANTED = "planted-7c1e04"
 MOUNT_FULL = (
     f"cp -a {DIRECTORY} /tmp/full && mount -t tmpfs -o size=200k,mode=755 full {DIRECTORY} && "
     f"cp -a /tmp/full/. {DIRECTORY} && rm -rf /tmp/full; dd if=/dev/zero of={DIRECTORY}/fill bs=4k 2>/dev/null; true"
 )
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
-# A fault that ends where the play goes back, so that the old server can start.
-PUTTING_BACK = "Put the files, the images' names and the server back"
-until_put_back = while_it_runs(PUTTING_BACK, GpuHost.cure)
+# The fault ends when the play starts to restore the host, so that the old server can start.
+RESTORING = "Put the files, the images' names and the server back"
+until_restored = while_it_runs(RESTORING, GpuHost.cure)
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"
 PROJECT = "--label com.docker.compose.project=vllm-gpu"
@@ -221,11 +217,12 @@ WITH_RM = (
     f"--label com.docker.compose.service=vllm --label com.docker.compose.project.working_dir={DIRECTORY} {SLEEP}"
 )
 NOT_APPLIED = (
-    f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-not-applied/ .env && chmod 640 .env && "
+    f"cd {DIRECTORY} && sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={PLANTED}/ .env && chmod 640 .env && "
     "chgrp ops .env && touch -d 2020-01-02 .env && sed -i 2i#older check_gpu_allocation.sh && "
     "chmod 700 check_gpu_allocation.sh"
 )
 NOWHERE: dict[str, object] = {"vllm_gpu_model": "acme/does-not-exist"}
+NO_UUID = "GPU-00000000-0000-0000-0000-000000000000"
 OLD_COMPOSE = (
     "mkdir -p ~/.docker/cli-plugins && cd ~/.docker/cli-plugins && "
     "printf '%s\\n' '#!/bin/sh' 'case \"$*\" in *\"version --short\"*) echo 2.10.0;; "
@@ -236,33 +233,33 @@ REGISTRY = (
     "mkdir -p /etc/docker/certs.d/127.0.0.1:5000 && cd /etc/docker/certs.d/127.0.0.1:5000 && "
     "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=registry -addext subjectAltName=IP:127.0.0.1 "
     "-keyout /root/registry.key -out ca.crt 2>/dev/null && cp ca.crt /root/registry.crt && cd /root && "
-    f"{{ python3 -c {shlex.quote((MATRIX / 'registry.py').read_text(encoding='utf-8'))} >/dev/null 2>&1 & sleep 1; }}"
+    f"{{ python3 -c {shlex.quote((ROOT / 'tests/faults/registry.py').read_text(encoding='utf-8'))} >/dev/null 2>&1 & sleep 1; }}"
 )
 NO_REGISTRY = "pkill -f '^python3 -c .*A registry on loopback'; rm -rf /etc/docker/certs.d"
 SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
 
 ROWS = [
     Row("GPU id that doesn't exist (index 7)", "gpu_device_id is 7, but this host has no such GPU", variables={"gpu_device_id": "7"}),
-    Row("GPU id that doesn't exist (UUID)", "has no such GPU. It could be 0", variables={"gpu_device_id": "GPU-" + "00000000-0000-0000-0000-000000000000"}),
-    Row("malformed id `0,1`", "is not the id of one GPU", variables={"gpu_device_id": "0,1"}),
-    Row("malformed id `$(reboot)`", "is not the id of one GPU", variables={"gpu_device_id": "$(reboot)"}),
+    Row("GPU id that doesn't exist (UUID)", f"gpu_device_id is {NO_UUID}, but this host has no such GPU", variables={"gpu_device_id": NO_UUID}),
+    Row("malformed id `0,1`", 'gpu_device_id is "0,1", which is not the id of one GPU', variables={"gpu_device_id": "0,1"}),
+    Row("malformed id `$(reboot)`", r'gpu_device_id is "\$\(reboot\)", which is not the id of one GPU', variables={"gpu_device_id": "$(reboot)"}),
     Row("malformed id with a line break", r'gpu_device_id is "1\\nVLLM_MODEL=other", which is not the id of one GPU', variables={"gpu_device_id": "1\nVLLM_MODEL=other"}),
     Row("misspelt variables", "(?s)(?=.*GPU_DEVICE_ID is not)(?=.*gpu_id is not).*vllm_gpu_modle is not a variable of this role", variables={"gpu_id": 1, "GPU_DEVICE_ID": 1, "vllm_gpu_modle": 1}),
     Row("no driver", "The NVIDIA driver is not loaded", fault("driver=gone"), cure=GpuHost.cure),
-    Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
-    Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
+    Row("driver/library mismatch", "NVIDIA driver and its libraries have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
+    Row("nvidia-smi hangs", "nvidia-smi gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
-    Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
-    Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
+    Row("Docker Engine stopped", "The Docker engine is not running", simulate("engine", "stop"), cure=restart_docker),
+    Row("Docker Engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", simulate("engine", "stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
-        cure=engine_and_speed_back, serves="1"),
-    Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
+        cure=restart_docker, serves="1"),
+    Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", simulate("engine", "restart", "--no-nvidia"), cure=restart_docker),
     Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
         cure=on_host("rm -rf ~/.docker/cli-plugins")),
     Row("image not found", "the image vllm/vllm-openai:v0.99.0 could not be pulled", variables={"vllm_gpu_image": "vllm/vllm-openai:v0.99.0"}),
-    Row("image that its registry doesn't have", "could not be pulled: .*manifest unknown", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
+    Row("image that its registry doesn't have", "127.0.0.1:5000/vllm:none could not be pulled: .*manifest unknown", on_host(REGISTRY), variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:none"},
         cure=on_host(NO_REGISTRY)),
-    Row("image pull cut off", "could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
+    Row("image pull cut off", "127.0.0.1:5000/vllm:cut could not be pulled: .*(EOF|size|reset|closed|206)", on_host(REGISTRY),
         variables={"vllm_gpu_image": "127.0.0.1:5000/vllm:cut"}, cure=on_host(NO_REGISTRY)),
     Row("port taken by another program", "Port 9000 on 127.0.0.1 is already in use by python3 .pid", on_host("setsid python3 -m http.server 9000 >/dev/null 2>&1 & sleep 1"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("pkill -f http.server")),
@@ -270,55 +267,55 @@ ROWS = [
         on_host(f"docker run -d --name grafana -p 127.0.0.1:9000:3000 {SLEEP}"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
     Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
-    Row("a container of somebody else has the server's name", "exists already, of no Compose project.*docker rm -f vllm-server", on_host(f"docker rm -f vllm-server && docker run -d --name vllm-server {SLEEP}"),
+    Row("another user's container has the server's name", "exists already, of no Compose project.*docker rm -f vllm-server", on_host(f"docker rm -f vllm-server && docker run -d --name vllm-server {SLEEP}"),
         cure=on_host("docker rm -f vllm-server"), serves=""),
-    Row("a container of somebody else in the Compose project", "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db", on_host(f"docker run -d --name chat-db {PROJECT} {SLEEP}"),
+    Row("another user's container in the Compose project", "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db", on_host(f"docker run -d --name chat-db {PROJECT} {SLEEP}"),
         cure=on_host("docker rm -f chat-db")),
     Row("a server that was started from another directory", f"started from {DIRECTORY} and not from /opt/elsewhere", variables={"vllm_gpu_project_dir": "/opt/elsewhere"}),
     Row("a server that was started with --rm", "could not be put back if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
-    Row("a server that was started with --rm, and may go", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
-    Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
+    Row("a server that was started with --rm, and may be replaced", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
+    Row("card full because of another tenant", "GPU 1 .*MiB free, but 0.9 of its 16311 MiB are .*held by", simulate("tenant", "--card", "1", "--mib", "9000"), cure=simulate("tenant", "--stop")),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
-        run=until_put_back),
-    Row("crash loop", "The server died", fault("crash=traceback"), run=until_put_back),
-    Row("bad model", "is not a valid model identifier", variables=NOWHERE),
-    Row("wrong flag", "unrecognized arguments", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
-    Row("never healthy", "was not ready after 5 s", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
-        run=until_put_back),
-    Row("port never opens", "was not ready after 5 s", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
-        run=until_put_back),
+        run=until_restored),
+    Row("crash loop", "(?s)The server died.*RuntimeError: simulated failure while the engine started", fault("crash=traceback"), run=until_restored),
+    Row("bad model", "acme/does-not-exist is not a local folder and is not a valid model identifier", variables=NOWHERE),
+    Row("wrong flag", "unrecognized arguments: --no-such-flag", variables={"vllm_gpu_extra_args": ["--no-such-flag"]}),
+    Row("never healthy", "was not ready after 5 s: .*503", fault("health=503"), variables={"vllm_gpu_start_timeout": 5},
+        run=until_restored),
+    Row("port never opens", "was not ready after 5 s: .*no answer from", fault("health=closed"), variables={"vllm_gpu_start_timeout": 5},
+        run=until_restored),
     Row("healthy but serving another model", "it serves acme/other, not Qwen/Qwen3-0.6B", fault("serve_as=acme/other"),
-        run=until_put_back),
-    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=until_put_back),
-    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=until_put_back),
+        run=until_restored),
+    Row("wrong card", "runs on GPU 0 .*, not on GPU 1", fault("runtime=0"), run=until_restored),
+    Row("two cards", "but holds GPU 0 .* as well", fault("runtime=two"), run=until_restored),
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
-        run=until_put_back),
-    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=until_put_back),
+        run=until_restored),
+    Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=until_restored),
     Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
         run=served_then_verified("crash_after=0.1"), serves="1", changed=".env"),
-    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+    Row("vLLM's engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
         run=served_then_verified("worker_dies_after=0.1"), serves="1", changed=".env"),
     Row("disk full while writing", "could not be written: No space left on device", on_host(MOUNT_FULL), cure=on_host(UNMOUNT)),
     Row("read-only target directory", "could not be written: Read-only file system", on_host(MOUNT_READ_ONLY), cure=on_host(UNMOUNT)),
-    Row("unparseable existing .env", "the quote after MINE= is never closed", on_host(f"echo \"MINE='x\" >> {DIRECTORY}/.env"),
+    Row("unparseable existing .env", "the quote after MINE= is never closed", on_host(f"echo \"MINE='{PLANTED}\" >> {DIRECTORY}/.env"),
         cure=on_host(f"sed -i /^MINE=/d {DIRECTORY}/.env")),
     Row("hand-edited compose file", SUCCESS, on_host(f"sed -i 's/device_ids:.*/count: 1/' {DIRECTORY}/docker-compose.serving.yml"),
         serves="1", changed=".env docker-compose.serving.yml", succeeds=True),
     Row("hand-edited compose file without ports", SUCCESS, on_host(f"cd {DIRECTORY} && sed -i 's/^    ports:/    network_mode: host/; /VLLM_BIND_ADDRESS/d' docker-compose.serving.yml"),
         serves="1", changed=".env docker-compose.serving.yml", succeeds=True),
-    Row("hand-edited API key", SUCCESS, on_host(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY=sk-by-hand/ {DIRECTORY}/.env"),
+    Row("hand-edited API key", SUCCESS, on_host(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={PLANTED}/ {DIRECTORY}/.env"),
         serves="1", changed=".env", succeeds=True),
-    Row("play killed while it looks", SUCCESS, run=killed("Read the host", ""), serves="1", changed=".env", succeeds=True),
+    Row("play killed while it reads the host", SUCCESS, run=killed("Read the host", ""), serves="1", changed=".env", succeeds=True),
     Row("play killed after writing", SUCCESS, fault("start_delay=2"), run=killed("Recreate the server"), serves="1", changed=".env", succeeds=True),
     Row("play killed while it recreates", SUCCESS, fault("start_delay=6"), run=killed("Wait until the server"), serves="1", changed=".env", succeeds=True),
     Row("play killed while it waits", SUCCESS, fault("health=503"), run=killed("waiting: "), serves="1", changed=".env", succeeds=True),
     Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
-    Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back),
-    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
-    Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
-    Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
-    Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": "pa$word-12345678"}, serves="1", changed=".env", succeeds=True),
-    Row("an option of the role's own in the extra arguments", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
+    Row("card swapped", "GPU 0 is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=simulate("cards", str(CARDS))),
+    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=simulate("cards", str(CARDS))),
+    Row("bad model, and both cards were divided into MIG instances meanwhile", "acme/does-not-exist is not a local folder and is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": "drift, mig"}, cure=simulate("cards", str(CARDS))),
+    Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, run=served_then_seen, succeeds=True),
+    Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": f"pa$word-{PLANTED}"}, serves="1", changed=".env", succeeds=True),
+    Row("an option in the extra arguments that the role sets itself", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
     Row("extra arguments that Compose would cut off", "Compose splits vllm_gpu_extra_args", variables={"vllm_gpu_extra_args": "--seed 3; --max-model-len 512"}),
     Row("extra arguments that -e cuts off", '"--max-model-len 512" was given with -e, but belongs to no variable', run=lambda host, _: host.play("serve.yml", gpu_device_id=1, vllm_gpu_extra_args="--enforce-eager --max-model-len 512")),
     Row("port 0", "vllm_gpu_port is 0; it must be a whole number from 1 to 65535", variables={"vllm_gpu_port": 0}),
@@ -327,30 +324,30 @@ ROWS = [
     Row("an environment variable that chooses the card", "CUDA_VISIBLE_DEVICES: gpu_device_id alone decides", variables={"vllm_gpu_env": {"CUDA_VISIBLE_DEVICES": "0"}}),
     Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=GpuHost.cure),
     Row("an API that answers a byte at a time", "no whole answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
-        run=until_put_back),
-    Row("engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", engine_away), cure=GpuHost.cure, serves="1", changed=".env", succeeds=True),
+        run=until_restored),
+    Row("Docker Engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", docker_away), cure=GpuHost.cure, serves="1", changed=".env", succeeds=True),
     Row("a proxy in Docker's configuration", SUCCESS, on_host("mkdir -p ~/.docker && echo '{\"proxies\": {\"default\": {\"httpProxy\": \"http://127.0.0.1:9\"}}}' >~/.docker/config.json"), run=served_then_healthy,
         cure=on_host("rm ~/.docker/config.json"), serves="1", changed=".env", succeeds=True),
-    Row("a directory that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
-    Row("a record that others could write", "can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
+    Row("a directory that a plain user owns", rf"{DIRECTORY} \(owner .*can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
+    Row("a record that others could write", r"record\.json \(owner .*can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
     Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
     Row("a record that leads elsewhere", "it leads to /tmp", on_host(f"ln -sfn /tmp {DIRECTORY}/.proven/current")),
-    Row("a directory of records that a plain user owns", "can be changed by others than root", on_host(f"chown ops {DIRECTORY}/.proven")),
-    Row("a .env that everybody can write", "can be changed by others than root", on_host(f"chmod 666 {DIRECTORY}/.env")),
+    Row("a directory of records that a plain user owns", r"\.proven \(owner .*can be changed by others than root", on_host(f"chown ops {DIRECTORY}/.proven")),
+    Row("a .env that anyone can write", r"\.env \(owner .*mode 0666\) can be changed by others than root", on_host(f"chmod 666 {DIRECTORY}/.env")),
     Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(NOT_APPLIED), variables=NOWHERE),
-    Row("bad model, and a server that was started otherwise by hand", "serves as before: Qwen/Qwen3-0.6B on GPU 1", on_host(BY_HAND), variables={**NOWHERE, "gpu_device_id": "0"}, serves="1"),
+    Row("bad model, and a server that was started by hand with other settings", "serves as before: Qwen/Qwen3-0.6B on GPU 1", on_host(BY_HAND), variables={**NOWHERE, "gpu_device_id": "0"}, serves="1"),
     Row("bad model, and a server that was stopped", "is as it was before, which was not proven: The container is exited", on_host("docker stop vllm-server"), variables=NOWHERE, serves=""),
-    Row("bad model, and the engine restarts on the way back", "serves as before: Qwen/Qwen3-0.6B on GPU 0", variables=NOWHERE, run=while_it_runs(PUTTING_BACK, engine_away)),
-    Row("card set aside for training", "is set aside for training", variables={"vllm_gpu_training_gpus": [1]}),
+    Row("bad model, and the Docker Engine restarts while the old server is restored", "serves as before: Qwen/Qwen3-0.6B on GPU 0", variables=NOWHERE, run=while_it_runs(RESTORING, docker_away)),
+    Row("card set aside for training", "GPU 1 .*is set aside for training", variables={"vllm_gpu_training_gpus": "0000:05:00.0, 1"}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
-    Row("a model path that isn't there", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
-    Row("a cache directory that isn't there", "There is no directory /srv/nowhere on this host", variables={"vllm_gpu_hf_cache": "/srv/nowhere"}),
+    Row("a model path that doesn't exist", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
+    Row("a cache directory that doesn't exist", "There is no directory /srv/nowhere on this host", variables={"vllm_gpu_hf_cache": "/srv/nowhere"}),
 ]  # fmt: skip
 
 
 def digests(host: GpuHost) -> dict[str, str]:
     """The service's files: their checksums, modes, owners, groups, times and where they link to."""
-    listing = host.look.run(
+    listing = host.ssh.run(
         f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %Y %F' $f) $(readlink $f); done"
     ).stdout
     return dict(line.split(" ", 1) for line in listing.splitlines())
@@ -363,9 +360,9 @@ def differing(before: dict[str, str], after: dict[str, str]) -> str:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.fault)
 def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     host = started
-    host.put_back()
+    host.restore()
     row.prepare(host)
-    before, container, made = digests(host), host.container(), host.made()
+    before, container, made = digests(host), host.container(), host.made_from()
 
     result = row.run(host, row.variables)
     changed = differing(before, digests(host))
@@ -373,22 +370,23 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
         assert host.container() == container
     row.cure(host)
 
-    said = re.search(row.says, result.output)
-    words = " ".join(said[0].split()) if said else "NOT REPORTED"
+    match = re.search(row.reports, result.output)
+    words = " ".join(match[0].split()) if match else "NOT REPORTED"
     if len(words) > 90:  # its end, in whole words
         words = f"… {words[-89:].partition(' ')[2]}"
     serves = host.served_gpu() if "running" in host.container() else ""
     matrix.append(
         f"| {row.fault} | {words} | {'GPU ' + serves if serves else 'nothing yet'} | {changed or 'none'} |\n"
     )
-    assert said, result.output
+    assert match, result.output
+    assert PLANTED not in result.output
     assert (result.code == 0) == row.succeeds
     assert (serves, changed) == (row.serves, row.changed)
     if re.search("serves as before|is as it was before", result.output):
-        assert host.made() == made
+        assert host.made_from() == made
 
-    # Whatever it was: running the play again is all that is needed. (Where the
-    # host was left as it is, the next row's play shows the same.)
+    # Running the play again is all that is needed. (Where the host was left as it
+    # is, the next row's play shows the same.)
     host.cure()
     if not row.succeeds and (serves != "0" or changed):
         host.serve(gpu_device_id=1)

@@ -115,7 +115,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 def fleet(started: Fleet) -> Fleet:
     """The fleet with a proven server on GPU 0 everywhere, and no roll-out in its past."""
     for host in started.hosts.values():
-        host.put_back()
+        host.restore()
     subprocess.run(["rm", "-rf", started.folder / "rollouts", started.folder / "other"], check=True)
     return started
 

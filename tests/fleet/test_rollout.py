@@ -219,7 +219,7 @@ def test_two_at_once(fleet: Fleet, reports: str) -> None:
 def test_a_host_with_another_number_of_cards(fleet: Fleet, tmp_path: Path) -> None:
     before = fleet.containers()
     cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
-    own = fleet.hosts["fleet3"].look.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
+    own = fleet.hosts["fleet3"].ssh.check_output("nvidia-smi --query-gpu=uuid --format=csv,noheader").split()
     one = {**cards, "cards": [{**cards["cards"][0], "uuid": own[0]}]}
     whole = {
         **cards,
@@ -275,7 +275,7 @@ def test_secrets_stay_where_they_belong(fleet: Fleet, tmp_path: Path) -> None:
 
     done = fleet.rollout("-e", f"@{vault}", "--limit", "fleet1", at=("fleet1", "deploy"), act=look)
     assert done.code == 0
-    assert key in fleet.hosts["fleet1"].look.check_output("cat /opt/vllm-gpu/.env")
+    assert key in fleet.hosts["fleet1"].ssh.check_output("cat /opt/vllm-gpu/.env")
     kept = subprocess.run(
         ["grep", "-rl", key, str(fleet.folder)], capture_output=True, text=True, check=False
     )

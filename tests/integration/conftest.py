@@ -20,7 +20,7 @@ def started() -> Iterator[GpuHost]:
 def clean_host(started: GpuHost) -> GpuHost:
     """The host as if it had never been provisioned."""
     started.cure()
-    started.look.run(
+    started.ssh.run(
         "docker rm -f vllm-server; docker volume ls -q | xargs -r docker volume rm; docker network prune -f; "
         f"rm -rf {DIRECTORY} /run/vllm_gpu.lock"
     )
@@ -30,5 +30,5 @@ def clean_host(started: GpuHost) -> GpuHost:
 @pytest.fixture
 def served(started: GpuHost) -> GpuHost:
     """The host with a proven server on GPU 0, set up by the role's defaults."""
-    started.put_back()
+    started.restore()
     return started

@@ -40,12 +40,12 @@ def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: P
         assert "and on no other" in text
     assert "sk-planted" not in first + second + said
     assert clean_host.container() == ""
-    assert not clean_host.look.file(DIRECTORY).exists
+    assert not clean_host.ssh.file(DIRECTORY).exists
 
 
 def test_a_server_is_replaced_only_after_a_yes_and_put_back(served: GpuHost, evidence: Path) -> None:
     container, listing = served.container(), f"cd {DIRECTORY} && find . -type f | sort | xargs md5sum"
-    files = served.look.check_output(listing)
+    files = served.ssh.check_output(listing)
     code, said = accept(served, evidence)
     assert code != 0
     assert "nobody said yes to replacing its server" in said
@@ -61,7 +61,7 @@ def test_a_server_is_replaced_only_after_a_yes_and_put_back(served: GpuHost, evi
     asked.close()
     assert asked.exitstatus == 0, asked.before
     assert served.served_gpu() == "0"
-    assert served.look.check_output(listing) == files
+    assert served.ssh.check_output(listing) == files
     assert served.serve(gpu_device_id=0).changed == 0
     assert evidence.read_text(encoding="utf-8").count("and on no other") >= 2
 
@@ -93,7 +93,7 @@ def test_two_gpus_that_are_there_are_needed(
 
 
 def test_files_without_a_server_are_left_alone(served: GpuHost, evidence: Path) -> None:
-    served.look.check_output("docker rm -f vllm-server")
+    served.ssh.check_output("docker rm -f vllm-server")
     before = served.files()
     code, said = accept(served, evidence)
     assert code != 0
@@ -103,7 +103,7 @@ def test_files_without_a_server_are_left_alone(served: GpuHost, evidence: Path) 
 
 def test_a_server_whose_files_are_gone_is_left_alone(served: GpuHost, evidence: Path) -> None:
     container = served.container()
-    served.look.check_output(f"rm -r {DIRECTORY}")
+    served.ssh.check_output(f"rm -r {DIRECTORY}")
     code, said = accept(served, evidence, vllm_gpu_acceptance_replace="true")
     assert code != 0
     assert "could not be put back afterwards" in said

@@ -16,24 +16,24 @@ def test_rollback_goes_back_and_forth_between_the_last_two_proven_states(served:
     assert "has no previous proven state: it was left as it is" in refused.output
     served.serve(gpu_device_id=1)
     # A note is no state to go back to.
-    served.look.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
+    served.ssh.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
     served.serve(gpu_device_id=1)
-    env = served.look.check_output(f"cat {DIRECTORY}/.env")
+    env = served.ssh.check_output(f"cat {DIRECTORY}/.env")
     for gpu in ("0", "1"):
         result = served.play("playbooks/rollback.yml")
         assert result.code == 0, result.output
         assert served.served_gpu() == gpu
         assert f"runs on GPU {gpu}" in result.output
-    assert served.look.check_output(f"cat {DIRECTORY}/.env") == env
+    assert served.ssh.check_output(f"cat {DIRECTORY}/.env") == env
 
 
 def test_a_link_stays_a_link(served: GpuHost) -> None:
-    served.look.check_output(
+    served.ssh.check_output(
         f"cd {DIRECTORY} && mkdir -p /etc/vllm && mv .env /etc/vllm/ && ln -s /etc/vllm/.env .env"
     )
     served.serve(gpu_device_id=1)
-    assert served.look.file(f"{DIRECTORY}/.env").linked_to == "/etc/vllm/.env"
-    assert "\nGPU_DEVICE_ID=1\n" in served.look.check_output("cat /etc/vllm/.env")
+    assert served.ssh.file(f"{DIRECTORY}/.env").linked_to == "/etc/vllm/.env"
+    assert "\nGPU_DEVICE_ID=1\n" in served.ssh.check_output("cat /etc/vllm/.env")
     before = as_it_is(served)
     served.fail_to_serve(gpu_device_id=0, vllm_gpu_model=NOWHERE)
     assert as_it_is(served) == before
@@ -66,17 +66,17 @@ def test_a_first_deployment_that_fails_leaves_nothing(clean_host: GpuHost) -> No
     assert "the container that failed, the network vllm-gpu_default" in output
     assert "new volumes vllm-gpu_huggingface-cache" in output
     assert (
-        clean_host.look.check_output("docker ps -aq; docker network ls -qf name=vllm; ls -d /srv/new || true")
+        clean_host.ssh.check_output("docker ps -aq; docker network ls -qf name=vllm; ls -d /srv/new || true")
         == ""
     )
 
 
 def test_a_lost_mode_is_mended_without_a_restart(served: GpuHost) -> None:
     before = served.container()
-    served.look.check_output(f"chmod 644 {DIRECTORY}/.env && rm {DIRECTORY}/check_gpu_allocation.sh")
+    served.ssh.check_output(f"chmod 644 {DIRECTORY}/.env && rm {DIRECTORY}/check_gpu_allocation.sh")
     served.serve(gpu_device_id=0)
-    assert served.look.file(f"{DIRECTORY}/.env").mode == 0o600
-    assert served.look.file(f"{DIRECTORY}/check_gpu_allocation.sh").mode == 0o755
+    assert served.ssh.file(f"{DIRECTORY}/.env").mode == 0o600
+    assert served.ssh.file(f"{DIRECTORY}/check_gpu_allocation.sh").mode == 0o755
     assert served.container() == before
 
 
@@ -87,12 +87,12 @@ def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: Gpu
     path.write_text(swapped, encoding="utf-8")
     gpuhost("cards", served.name, str(path))
     try:
-        served.look.check_output("docker restart vllm-server")
+        served.ssh.check_output("docker restart vllm-server")
         served.wait_healthy()
         result = served.play("playbooks/verify.yml")
         assert result.code != 0, result.output
         assert "GPU 0 is another card than it was" in result.output
-        referee = served.look.run(f"{DIRECTORY}/check_gpu_allocation.sh")
+        referee = served.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh")
         assert referee.rc == 1
         assert "another card than GPU 0 was when vllm-server was proven" in " ".join(referee.stdout.split())
         served.serve("-e", '{"gpu_device_id": 0, "vllm_gpu_force": ["drift"]}')
@@ -101,28 +101,28 @@ def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: Gpu
 
 
 def as_it_is(host: GpuHost) -> object:
-    return digests(host), host.made()
+    return digests(host), host.made_from()
 
 
 def test_a_name_that_was_moved_to_another_image_means_that_one_again(served: GpuHost) -> None:
     image = "vllm/vllm-openai:v0.32.0"
-    served.look.check_output(
+    served.ssh.check_output(
         f"docker tag {image} old && printf 'FROM {image}\\nLABEL other=yes\\n' | docker build -q -t {image} -"
     )
     try:
         served.serve(gpu_device_id=0)
         before = as_it_is(served)
-        moved = served.look.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}")
+        moved = served.ssh.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}")
         served.fault("crash=traceback")
         result = served.play("playbooks/rollback.yml")
         served.fault("--clear")
         assert result.code != 0
         assert f"the image {image}" in result.output
-        assert served.look.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}") == moved
+        assert served.ssh.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}") == moved
         assert as_it_is(served) == before
     finally:
         served.fault("--clear")
-        served.look.check_output(f"docker tag old {image} && docker rmi old")
+        served.ssh.check_output(f"docker tag old {image} && docker rmi old")
 
 
 def test_a_change_after_one_that_was_killed_goes_back_to_before_both(served: GpuHost) -> None:
@@ -130,7 +130,7 @@ def test_a_change_after_one_that_was_killed_goes_back_to_before_both(served: Gpu
     served.fault("start_delay=60")  # not of the server that runs
     while_it_runs("waiting: ", kill)(served, {"vllm_gpu_shm_size": "1gb"})
     served.fault("--clear")
-    served.look.check_output("rm /run/vllm_gpu.lock; docker stop vllm-server")
+    served.ssh.check_output("rm /run/vllm_gpu.lock; docker stop vllm-server")
     output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_model=NOWHERE)
     assert as_it_is(served) == before
     assert "serves as before: Qwen/Qwen3-0.6B on GPU 0" in output

@@ -28,7 +28,7 @@ def vault(tmp_path: Path) -> str:
 
 
 def test_secrets_reach_the_server_and_nothing_else(clean_host: GpuHost, vault: str) -> None:
-    clean_host.look.check_output(f"mkdir -p {DIRECTORY} && echo MY_SECRET={MINE} > {DIRECTORY}/.env")
+    clean_host.ssh.check_output(f"mkdir -p {DIRECTORY} && echo MY_SECRET={MINE} > {DIRECTORY}/.env")
     seen: list[str] = []
     done = threading.Event()
 
@@ -58,15 +58,15 @@ def test_secrets_reach_the_server_and_nothing_else(clean_host: GpuHost, vault: s
         for text in [*outputs, *seen]:
             assert secret not in text
         # It is where it belongs, so what was searched for was really there.
-        assert secret in clean_host.look.check_output(f"cat {DIRECTORY}/.env")
-    env = clean_host.look.file(f"{DIRECTORY}/.env")
+        assert secret in clean_host.ssh.check_output(f"cat {DIRECTORY}/.env")
+    env = clean_host.ssh.file(f"{DIRECTORY}/.env")
     assert (env.mode, env.user, env.group) == (0o600, "root", "root")
     # Of what is kept, only the copies of .env hold them, and only root may read those.
     kept = f"grep -rlE '{KEY}|{TOKEN}|{MINE}' {DIRECTORY} /run/vllm_gpu.lock /var/log /tmp 2>/dev/null"
-    for name in clean_host.look.run(kept).stdout.split():
+    for name in clean_host.ssh.run(kept).stdout.split():
         assert name.endswith("/.env"), name
-        assert clean_host.look.file(name).mode == 0o600
-    assert clean_host.look.file(f"{DIRECTORY}/.proven").mode == 0o700
+        assert clean_host.ssh.file(name).mode == 0o600
+    assert clean_host.ssh.file(f"{DIRECTORY}/.proven").mode == 0o700
     clean_host.fault("--clear")
 
 
@@ -96,7 +96,7 @@ def test_secrets_are_in_no_artifact_of_the_runner(clean_host: GpuHost, vault: st
 
 def test_what_the_log_says_leaves_the_host_without_secrets_and_control_characters(served: GpuHost) -> None:
     """The key is only in the host's .env: nobody has told it to the play."""
-    served.look.check_output(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={KEY}/ {DIRECTORY}/.env")
+    served.ssh.check_output(f"sed -i s/^VLLM_API_KEY=.*/VLLM_API_KEY={KEY}/ {DIRECTORY}/.env")
     served.fault("log_secret=1", "log_escape=1", "health=503")
     output = served.fail_to_serve("-vvvvv", gpu_device_id=1, vllm_gpu_start_timeout=5)
     served.fault("--clear")
@@ -109,19 +109,19 @@ def test_what_the_log_says_leaves_the_host_without_secrets_and_control_character
 def test_a_key_is_asked_for_kept_changed_and_removed(served: GpuHost, vault: str) -> None:
     def models(key: str) -> str:
         ask = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
-        return str(served.look.check_output(f"{ask} -H 'Authorization: Bearer {key}'"))
+        return str(served.ssh.check_output(f"{ask} -H 'Authorization: Bearer {key}'"))
 
     served.serve("-e", vault, gpu_device_id=0)
     assert (models("none"), models(KEY)) == ("401", "200")
     # A second run knows the key from the host's .env, and changes nothing.
     assert served.serve(gpu_device_id=0).changed == 0
     # By hand, and not applied yet: the next run applies it, and keeps it; a dollar sign means itself.
-    served.look.check_output(
+    served.ssh.check_output(
         f"sed -i \"s/^VLLM_API_KEY=.*/VLLM_API_KEY='\\$\\${{x}}by-hand-1234'/\" {DIRECTORY}/.env"
     )
     served.serve(gpu_device_id=0)
     assert (models(KEY), models("$${x}by-hand-1234")) == ("401", "200")
     assert served.serve(gpu_device_id=0).changed == 0
     served.serve(gpu_device_id=0, vllm_gpu_api_key="")
-    assert "VLLM_API_KEY=\n" in served.look.check_output(f"cat {DIRECTORY}/.env")
+    assert "VLLM_API_KEY=\n" in served.ssh.check_output(f"cat {DIRECTORY}/.env")
     assert models("none") == "200"

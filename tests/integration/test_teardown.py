@@ -27,7 +27,7 @@ def tear_down(host: GpuHost, *arguments: str, **variables: object) -> Result:
 
 
 def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
-    served.look.check_output(f"touch {DIRECTORY}/mine; printf '# mine\\nMY_KEY=1\\n' >> {DIRECTORY}/.env")
+    served.ssh.check_output(f"touch {DIRECTORY}/mine; printf '# mine\\nMY_KEY=1\\n' >> {DIRECTORY}/.env")
     before = (served.container(), served.files())
     planned = tear_down(served, "--check")
     assert planned.code == 0, planned.output
@@ -44,16 +44,16 @@ def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
     for one in ("volume vllm-gpu_huggingface-cache", f"MY_KEY in {DIRECTORY}/.env", f"{DIRECTORY}/mine"):
         assert one in kept
     assert served.container() == ""
-    assert served.look.check_output(f"ls -A {DIRECTORY}").split() == [".env", "mine"]
-    assert served.look.check_output(f"cat {DIRECTORY}/.env") == "MY_KEY=1"
-    assert served.look.file(f"{DIRECTORY}/.env").mode == 0o600
-    assert "vllm-gpu_huggingface-cache" in served.look.check_output("docker volume ls -q")
-    assert "vllm" not in served.look.check_output("docker network ls")
+    assert served.ssh.check_output(f"ls -A {DIRECTORY}").split() == [".env", "mine"]
+    assert served.ssh.check_output(f"cat {DIRECTORY}/.env") == "MY_KEY=1"
+    assert served.ssh.file(f"{DIRECTORY}/.env").mode == 0o600
+    assert "vllm-gpu_huggingface-cache" in served.ssh.check_output("docker volume ls -q")
+    assert "vllm" not in served.ssh.check_output("docker network ls")
 
     again = tear_down(served)
     assert (again.code, again.changed) == (0, 0)
     assert "There was nothing to remove" in again.output
-    served.look.check_output(f"rm -r {DIRECTORY}")
+    served.ssh.check_output(f"rm -r {DIRECTORY}")
 
 
 def test_nothing_is_left_where_nothing_is_the_users(served: GpuHost) -> None:
@@ -64,18 +64,18 @@ def test_nothing_is_left_where_nothing_is_the_users(served: GpuHost) -> None:
     result = tear_down(served)
     assert result.code == 0, result.output
     assert served.container() == ""
-    assert not served.look.file(DIRECTORY).exists
-    assert served.look.run("grep -rl planted-9d1f /opt /run /tmp /root").stdout == ""
+    assert not served.ssh.file(DIRECTORY).exists
+    assert served.ssh.run("grep -rl planted-9d1f /opt /run /tmp /root").stdout == ""
 
 
 def test_a_server_whose_files_are_gone_is_removed(served: GpuHost) -> None:
-    served.look.check_output(f"rm -r {DIRECTORY}")
+    served.ssh.check_output(f"rm -r {DIRECTORY}")
     assert tear_down(served).code == 0
     assert served.container() == ""
 
 
 def test_a_server_of_another_directory_is_left_alone(served: GpuHost) -> None:
-    served.look.check_output("mkdir -p /opt/elsewhere; echo HF_TOKEN=mine > /opt/elsewhere/.env")
+    served.ssh.check_output("mkdir -p /opt/elsewhere; echo HF_TOKEN=mine > /opt/elsewhere/.env")
     before = (served.container(), served.files())
     for arguments in ([], ["--check"]):
         result = tear_down(served, *arguments, vllm_gpu_project_dir="/opt/elsewhere")
@@ -83,15 +83,15 @@ def test_a_server_of_another_directory_is_left_alone(served: GpuHost) -> None:
         assert f"It was started from {DIRECTORY}, not from /opt/elsewhere" in result.output
         assert (served.container(), served.files()) == before
     # Where no server runs at all, a `.env` that the role never wrote is nobody's to remove either.
-    served.look.check_output("docker rm --force vllm-server")
+    served.ssh.check_output("docker rm --force vllm-server")
     result = tear_down(served, vllm_gpu_project_dir="/opt/elsewhere")
     assert (result.code, result.changed) == (0, 0)
     assert "There was nothing to remove" in result.output
-    assert served.look.check_output("cat /opt/elsewhere/.env; rm -r /opt/elsewhere") == "HF_TOKEN=mine"
+    assert served.ssh.check_output("cat /opt/elsewhere/.env; rm -r /opt/elsewhere") == "HF_TOKEN=mine"
 
 
 def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost) -> None:
-    clean_host.look.check_output(
+    clean_host.ssh.check_output(
         "docker run --detach --name vllm-server --label com.docker.compose.project=chat --entrypoint sleep "
         "vllm/vllm-openai:v0.32.0 600"
     )
@@ -102,31 +102,31 @@ def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost) -> None
         assert "is not the server of" in result.output
         assert clean_host.container() == before
     finally:
-        clean_host.look.check_output("docker rm --force vllm-server")
+        clean_host.ssh.check_output("docker rm --force vllm-server")
 
 
 def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None:
-    served.look.check_output(
+    served.ssh.check_output(
         "docker run --detach --name chat-db --label com.docker.compose.project=vllm-gpu --network vllm-gpu_default "
         "--entrypoint sleep vllm/vllm-openai:v0.32.0 3600"
     )
     try:
         result = tear_down(served)
         assert result.code == 0, result.output
-        assert served.look.check_output("docker inspect --format '{{.State.Running}}' chat-db") == "true"
-        assert "vllm-gpu_default" in served.look.check_output("docker network ls")
+        assert served.ssh.check_output("docker inspect --format '{{.State.Running}}' chat-db") == "true"
+        assert "vllm-gpu_default" in served.ssh.check_output("docker network ls")
         assert served.container() == ""
     finally:
-        served.look.check_output("docker rm --force chat-db; docker network rm vllm-gpu_default")
+        served.ssh.check_output("docker rm --force chat-db; docker network rm vllm-gpu_default")
 
 
 def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) -> None:
     before = served.files()
-    served.look.check_output("mv /var/run/docker.sock /var/run/away.sock")
+    served.ssh.check_output("mv /var/run/docker.sock /var/run/away.sock")
     try:
         result = tear_down(served)
     finally:
-        served.look.check_output("mv /var/run/away.sock /var/run/docker.sock")
+        served.ssh.check_output("mv /var/run/away.sock /var/run/docker.sock")
     assert result.code != 0
     assert "The Docker Engine can't be reached" in result.output
     assert served.files() == before
@@ -158,7 +158,7 @@ def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[
             time.sleep(0.01)
         standing = tree(play.pid)
         # The time that it would take for the lease to lapse.
-        host.look.check_output(
+        host.ssh.check_output(
             f"python3 -c \"import json; f = open('{LOCK}', 'r+'); lease = json.load(f); lease['until'] = 0; f.seek(0); "
             'f.write(json.dumps(lease).ljust(1024))"'
         )
@@ -197,7 +197,7 @@ def test_a_play_that_stalled_goes_on_where_no_other_one_came(served: GpuHost, tm
 def test_what_killed_plays_left_goes_with_the_next_change(served: GpuHost) -> None:
     planted = f"{DIRECTORY}/.vllm_gpu.abcdefgh {DIRECTORY}/.proven.kept {DIRECTORY}/.proven/state.killed"
     for playbook, code in (("serve.yml", 0), ("playbooks/teardown.yml", 0)):
-        served.look.check_output(f"touch {planted}")
+        served.ssh.check_output(f"touch {planted}")
         result = served.play(playbook, gpu_device_id=0 if served.served_gpu() == "1" else 1)
         assert result.code == code, result.output
-        assert served.look.run(f"ls -d {planted}").stdout == ""
+        assert served.ssh.run(f"ls -d {planted}").stdout == ""

@@ -35,7 +35,7 @@ def connection(host: GpuHost, _play: subprocess.Popen[str]) -> None:
     # The sessions, not the server that accepts new ones (the oldest). What runs in them goes on.
     # Detached, as the session that asks for it goes away, too.
     cut = "sleep 0.2; pkill -9 -P $(pgrep -o -x dropbear)"
-    host.look.run(f"(setsid sh -c '{cut}' </dev/null >/dev/null 2>&1 &)")
+    host.ssh.run(f"(setsid sh -c '{cut}' </dev/null >/dev/null 2>&1 &)")
     time.sleep(0.3)
 
 
@@ -90,15 +90,15 @@ def kill_a_play(host: GpuHost, card: str, after: float, killer: Callable[..., No
 
 def whole(host: GpuHost) -> bool:
     """Are the files complete: does Compose read them, does the referee end as it should?"""
-    host.look.check_output(
+    host.ssh.check_output(
         f"cd {DIRECTORY} && docker compose --file docker-compose.serving.yml config --quiet"
     )
-    keys = host.look.check_output(f"grep -cE '^[A-Z_]+=' {DIRECTORY}/.env")
-    return int(keys) > 10 and host.look.run(f"bash -n {DIRECTORY}/check_gpu_allocation.sh").rc == 0
+    keys = host.ssh.check_output(f"grep -cE '^[A-Z_]+=' {DIRECTORY}/.env")
+    return int(keys) > 10 and host.ssh.run(f"bash -n {DIRECTORY}/check_gpu_allocation.sh").rc == 0
 
 
 def answering(host: GpuHost) -> str:
-    if host.look.run("curl -sf http://127.0.0.1:8000/health").rc:
+    if host.ssh.run("curl -sf http://127.0.0.1:8000/health").rc:
         return ""
     return host.served_gpu()
 
@@ -106,7 +106,7 @@ def answering(host: GpuHost) -> str:
 def settled(host: GpuHost) -> str:
     """The card of the server that answers, once what the killed play has begun has come to its end."""
     for _ in range(60):
-        busy = host.look.run("pgrep -f 'AnsiballZ|^docker .*compose|^/usr/bin/python3$'").stdout
+        busy = host.ssh.run("pgrep -f 'AnsiballZ|^docker .*compose|^/usr/bin/python3$'").stdout
         if not busy and ((card := answering(host)) or " running" not in host.container()):
             return card
         time.sleep(0.5)
@@ -125,7 +125,7 @@ def test_the_next_play_repairs_the_host(host: GpuHost, lasts: float, table: list
     assert whole(host)
     left = settled(host)
     # From here on the recorded state says which server was proven last.
-    record = host.look.check_output(f"cat {DIRECTORY}/.proven/current/record.json")
+    record = host.ssh.check_output(f"cat {DIRECTORY}/.proven/current/record.json")
     proven = "1" if '"requested": "1"' in record else "0"
 
     started = time.monotonic()
@@ -148,5 +148,5 @@ def test_the_next_play_repairs_the_host(host: GpuHost, lasts: float, table: list
     assert serves == expected
     # The files are those of the server that runs, and no litter lies beside them.
     assert host.play("playbooks/verify.yml").code == 0
-    listing = host.look.check_output(f"ls -A {DIRECTORY}").split()
+    listing = host.ssh.check_output(f"ls -A {DIRECTORY}").split()
     assert sorted(listing) == [".env", ".proven", "check_gpu_allocation.sh", "docker-compose.serving.yml"]
