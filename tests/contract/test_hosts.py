@@ -100,6 +100,13 @@ def test_hosts_that_only_the_inventory_names_are_refused(tmp_path: Path) -> None
     assert "Give it with -e vllm_gpu_hosts=web, and remove it there." in said
 
 
+def test_an_inventory_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    """Even where another one has hosts: a misspelt -i must not leave half of the fleet out."""
+    code, said = play(ROOT / "playbooks/verify.yml", HOSTS, tmp_path, "-i", "nowhere.yml", "--list-hosts")
+    assert code != 0
+    assert "nowhere.yml" in said
+
+
 def test_a_linter_without_an_inventory_reads_a_playbook(tmp_path: Path) -> None:
     assert play(ROOT / "playbooks/rollout.yml", {}, tmp_path, "--syntax-check")[0] == 0
 

@@ -1,21 +1,23 @@
-"""Going back: by hand, after a failure, and what drift and a lost mode do."""
+"""Rollback, by its playbook and after a failed change; drift of cards, modes and image names."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tests.faults.test_matrix import digests, kill, while_it_runs
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost
+from tests.faults.test_matrix import digests, kill, other_cards, simulate, swap, while_it_runs
+from tests.gpu_host import CARDS, DIRECTORY, GpuHost, gpuhost
 
 NOWHERE = "acme/does-not-exist"
 
 
-def test_rollback_goes_back_and_forth_between_the_last_two_proven_states(served: GpuHost) -> None:
+def as_it_is(host: GpuHost) -> object:
+    return digests(host), host.made_from()
+
+
+def test_rollback_alternates_between_the_last_two_proven_states(served: GpuHost) -> None:
     refused = served.play("playbooks/rollback.yml")
     assert refused.code != 0
     assert "has no previous proven state: it was left as it is" in refused.output
     served.serve(gpu_device_id=1)
-    # A note is no state to go back to.
+    # A comment makes no state of its own.
     served.ssh.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
     served.serve(gpu_device_id=1)
     env = served.ssh.check_output(f"cat {DIRECTORY}/.env")
@@ -37,9 +39,13 @@ def test_a_link_stays_a_link(served: GpuHost) -> None:
     before = as_it_is(served)
     served.fail_to_serve(gpu_device_id=0, vllm_gpu_model=NOWHERE)
     assert as_it_is(served) == before
+    result = served.play("playbooks/rollback.yml")
+    assert result.code == 0, result.output
+    assert served.ssh.file(f"{DIRECTORY}/.env").linked_to == "/etc/vllm/.env"
+    assert "\nGPU_DEVICE_ID=0\n" in served.ssh.check_output("cat /etc/vllm/.env")
 
 
-def test_going_back_is_refused_before_the_server_stops(served: GpuHost) -> None:
+def test_rollback_is_refused_before_the_server_stops(served: GpuHost) -> None:
     served.serve(gpu_device_id=1)
     before = served.container()
     plan = served.play("playbooks/rollback.yml", "--check")
@@ -71,7 +77,7 @@ def test_a_first_deployment_that_fails_leaves_nothing(clean_host: GpuHost) -> No
     )
 
 
-def test_a_lost_mode_is_mended_without_a_restart(served: GpuHost) -> None:
+def test_lost_modes_and_files_are_restored_without_a_restart(served: GpuHost) -> None:
     before = served.container()
     served.ssh.check_output(f"chmod 644 {DIRECTORY}/.env && rm {DIRECTORY}/check_gpu_allocation.sh")
     served.serve(gpu_device_id=0)
@@ -80,31 +86,24 @@ def test_a_lost_mode_is_mended_without_a_restart(served: GpuHost) -> None:
     assert served.container() == before
 
 
-def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: GpuHost, tmp_path: Path) -> None:
-    cards = (ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8")
-    swapped = cards.replace("01:00.0", "xx").replace("05:00.0", "01:00.0").replace("xx", "05:00.0")
-    path = tmp_path / "cards.json"
-    path.write_text(swapped, encoding="utf-8")
-    gpuhost("cards", served.name, str(path))
+def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: GpuHost) -> None:
+    other_cards(swap)(served)
     try:
         served.ssh.check_output("docker restart vllm-server")
         served.wait_healthy()
-        result = served.play("playbooks/verify.yml")
-        assert result.code != 0, result.output
-        assert "GPU 0 is another card than it was" in result.output
+        for playbook in ("playbooks/verify.yml", "serve.yml"):
+            result = served.play(playbook, gpu_device_id=0)
+            assert result.code != 0, result.output
+            assert "GPU 0 is another card than it was" in result.output
         referee = served.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh")
         assert referee.rc == 1
         assert "another card than GPU 0 was when vllm-server was proven" in " ".join(referee.stdout.split())
         served.serve("-e", '{"gpu_device_id": 0, "vllm_gpu_force": ["drift"]}')
     finally:
-        gpuhost("cards", served.name, str(ROOT / "molecule/simulated_host/cards.json"))
+        simulate("cards", str(CARDS))(served)
 
 
-def as_it_is(host: GpuHost) -> object:
-    return digests(host), host.made_from()
-
-
-def test_a_name_that_was_moved_to_another_image_means_that_one_again(served: GpuHost) -> None:
+def test_an_image_name_that_a_failed_rollback_moved_is_restored(served: GpuHost) -> None:
     image = "vllm/vllm-openai:v0.32.0"
     served.ssh.check_output(
         f"docker tag {image} old && printf 'FROM {image}\\nLABEL other=yes\\n' | docker build -q -t {image} -"
@@ -115,21 +114,21 @@ def test_a_name_that_was_moved_to_another_image_means_that_one_again(served: Gpu
         moved = served.ssh.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}")
         served.fault("crash=traceback")
         result = served.play("playbooks/rollback.yml")
-        served.fault("--clear")
+        served.cure()
         assert result.code != 0
         assert f"the image {image}" in result.output
         assert served.ssh.check_output(f"docker image inspect -f '{{{{.Id}}}}' {image}") == moved
         assert as_it_is(served) == before
     finally:
-        served.fault("--clear")
+        served.cure()
         served.ssh.check_output(f"docker tag old {image} && docker rmi old")
 
 
-def test_a_change_after_one_that_was_killed_goes_back_to_before_both(served: GpuHost) -> None:
+def test_a_change_that_fails_after_a_killed_one_restores_what_ran_before_both(served: GpuHost) -> None:
     before = as_it_is(served)
-    served.fault("start_delay=60")  # not of the server that runs
+    served.fault("start_delay=60")  # the server that runs has started already
     while_it_runs("waiting: ", kill)(served, {"vllm_gpu_shm_size": "1gb"})
-    served.fault("--clear")
+    served.cure()
     served.ssh.check_output("rm /run/vllm_gpu.lock; docker stop vllm-server")
     output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_model=NOWHERE)
     assert as_it_is(served) == before
