@@ -1,4 +1,4 @@
-"""playbooks/acceptance.yml, as the owner of a GPU host runs it: the host ends as it began."""
+"""playbooks/acceptance.yml, as the owner of a GPU host runs it: afterwards the host is as it was before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from tests.gpu_host import DIRECTORY, ROOT, GpuHost, gpuhost
+from tests.gpu_host import CARDS, DIRECTORY, ROOT, GpuHost, gpuhost
 
 PLAYBOOK = "playbooks/acceptance.yml"
 
@@ -24,11 +24,11 @@ def accept(host: GpuHost, evidence: Path, gpus: str = "0,1", **variables: object
 
 
 def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: Path) -> None:
-    code, said = accept(clean_host, evidence, vllm_gpu_api_key="sk-planted-5d1f07")
-    assert code == 0, said
+    code, output = accept(clean_host, evidence, vllm_gpu_api_key="sk-planted-5d1f07")
+    assert code == 0, output
     first, second = evidence.read_text(encoding="utf-8").split("## Asked for: GPU ")[1:]
-    cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))["cards"]
-    assert f"served on {cards[0]['uuid']} and on {cards[1]['uuid']}, each time proven" in said
+    cards = json.loads(CARDS.read_text(encoding="utf-8"))["cards"]
+    assert f"served on {cards[0]['uuid']} and on {cards[1]['uuid']}, each time proven" in output
     for number, text, other in ((0, first, 1), (1, second, 0)):
         processes = text.partition("--query-compute-apps")[2].partition("$ ")[0]
         assert (cards[number]["uuid"] in processes, cards[other]["uuid"] in processes) == (True, False)
@@ -38,79 +38,90 @@ def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: P
         assert '200 {"version":"' in text
         assert '"object":"text_completion"' in text
         assert "and on no other" in text
-    assert "sk-planted" not in first + second + said
+    assert "sk-planted" not in first + second + output
     assert clean_host.container() == ""
     assert not clean_host.ssh.file(DIRECTORY).exists
 
 
-def test_a_server_is_replaced_only_after_a_yes_and_put_back(served: GpuHost, evidence: Path) -> None:
+def test_a_server_is_replaced_only_after_a_yes_and_then_restored(served: GpuHost, evidence: Path) -> None:
     container, listing = served.container(), f"cd {DIRECTORY} && find . -type f | sort | xargs md5sum"
     files = served.ssh.check_output(listing)
-    code, said = accept(served, evidence)
+    code, output = accept(served, evidence)
     assert code != 0
-    assert "nobody said yes to replacing its server" in said
+    assert "nobody said yes to replacing its server" in output
     assert (served.container(), evidence.exists()) == (container, False)
 
     words = ["playbooks/acceptance.yml", "-e", "vllm_gpu_acceptance_gpus=1,0"]
     words += ["-e", f"vllm_gpu_acceptance_file={evidence}"]
-    asked = pexpect.spawn("ansible-playbook", words, cwd=ROOT, env=served.environment, timeout=300)
-    asked.expect("Type\\s+yes to go on")
+    terminal = pexpect.spawn("ansible-playbook", words, cwd=ROOT, env=served.environment, timeout=300)
+    terminal.expect("Type\\s+yes to go on")
     assert served.container() == container
-    asked.sendline("yes")
-    asked.expect(pexpect.EOF)
-    asked.close()
-    assert asked.exitstatus == 0, asked.before
+    terminal.sendline("yes")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0, terminal.before
     assert served.served_gpu() == "0"
     assert served.ssh.check_output(listing) == files
     assert served.serve(gpu_device_id=0).changed == 0
     assert evidence.read_text(encoding="utf-8").count("and on no other") >= 2
 
 
-def test_what_could_not_be_put_back_is_left_alone(served: GpuHost, evidence: Path) -> None:
-    container = served.container()
-    code, said = accept(served, evidence, vllm_gpu_acceptance_replace="true", vllm_gpu_model="acme/other")
+@pytest.mark.parametrize(
+    ("prepare", "variables", "reasons"),
+    [
+        (
+            "true",
+            {"vllm_gpu_acceptance_replace": "true", "vllm_gpu_model": "acme/other"},
+            ["could not be put back afterwards", "VLLM_MODEL"],
+        ),
+        (
+            f"rm -r {DIRECTORY}",
+            {"vllm_gpu_acceptance_replace": "true"},
+            ["could not be put back afterwards"],
+        ),
+        ("docker rm -f vllm-server", {}, ["has files of a service that doesn't run"]),
+    ],
+    ids=["other settings", "no files", "no server"],
+)
+def test_what_could_not_be_restored_is_left_alone(
+    served: GpuHost, evidence: Path, prepare: str, variables: dict[str, str], reasons: list[str]
+) -> None:
+    served.ssh.check_output(prepare)
+    before = (served.container(), served.files())
+    code, output = accept(served, evidence, **variables)
     assert code != 0
-    assert "could not be put back afterwards" in said
-    assert "VLLM_MODEL" in said
-    assert served.container() == container
+    assert all(reason in output for reason in reasons), output
+    assert (served.container(), served.files()) == before
 
 
 @pytest.mark.parametrize(
-    ("gpus", "reason"),
+    ("cards", "gpus", "reason"),
     [
-        ("0", "Name two different GPUs of one host"),
-        ("0,GPU-5090a1c4-3f0e-4b7d-9a52-6e1d70c8b2f3", "are the same GPU"),
-        ("0,7", "gpu_device_id is 7, but this host has no such GPU"),
+        (2, "0", "Name two different GPUs of one host"),
+        (2, "0,GPU-5090a1c4-3f0e-4b7d-9a52-6e1d70c8b2f3", "are the same GPU"),
+        (2, "0,7", "gpu_device_id is 7, but this host has no such GPU"),
+        (1, "0,1", "It could be 0 (NVIDIA GeForce RTX 5090"),
+        (0, "0,1", "nvidia-smi finds no GPU"),
     ],
 )
-def test_two_gpus_that_are_there_are_needed(
-    clean_host: GpuHost, evidence: Path, gpus: str, reason: str
+def test_two_gpus_that_exist_are_needed(
+    clean_host: GpuHost, evidence: Path, cards: int, gpus: str, reason: str
 ) -> None:
-    code, said = accept(clean_host, evidence, gpus=gpus)
+    description = json.loads(CARDS.read_text(encoding="utf-8"))
+    file = evidence.with_name("cards.json")
+    file.write_text(json.dumps({**description, "cards": description["cards"][:cards]}), encoding="utf-8")
+    gpuhost("cards", clean_host.name, str(file))
+    try:
+        code, output = accept(clean_host, evidence, gpus=gpus)
+    finally:
+        gpuhost("cards", clean_host.name, str(CARDS))
     assert code != 0
-    assert reason in said
+    assert reason in output
+    assert cards == 2 or "was left as it is, because:" in output
     assert (clean_host.container(), evidence.exists()) == ("", False)
 
 
-def test_files_without_a_server_are_left_alone(served: GpuHost, evidence: Path) -> None:
-    served.ssh.check_output("docker rm -f vllm-server")
-    before = served.files()
-    code, said = accept(served, evidence)
-    assert code != 0
-    assert "has files of a service that doesn't run" in said
-    assert served.files() == before
-
-
-def test_a_server_whose_files_are_gone_is_left_alone(served: GpuHost, evidence: Path) -> None:
-    container = served.container()
-    served.ssh.check_output(f"rm -r {DIRECTORY}")
-    code, said = accept(served, evidence, vllm_gpu_acceptance_replace="true")
-    assert code != 0
-    assert "could not be put back afterwards" in said
-    assert served.container() == container
-
-
-def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: GpuHost, tmp_path: Path) -> None:
+def test_a_server_that_another_user_started_meanwhile_is_left_alone(served: GpuHost, tmp_path: Path) -> None:
     tasks = ROOT / "playbooks/tasks/acceptance"
     again = "docker compose --file docker-compose.serving.yml up --detach --force-recreate"
     play = {
@@ -129,19 +140,3 @@ def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: Gpu
         done.output.split()
     )
     assert served.container() not in ("", before)
-
-
-def test_a_host_with_one_gpu_or_none_says_so(clean_host: GpuHost, evidence: Path, tmp_path: Path) -> None:
-    cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
-    try:
-        for left, reason in ((1, "It could be 0 (NVIDIA GeForce RTX 5090"), (0, "nvidia-smi finds no GPU")):
-            file = tmp_path / "cards.json"
-            file.write_text(json.dumps({**cards, "cards": cards["cards"][:left]}), encoding="utf-8")
-            gpuhost("cards", clean_host.name, str(file))
-            code, said = accept(clean_host, evidence)
-            assert code != 0
-            assert "was left as it is, because:" in said
-            assert reason in said
-            assert clean_host.container() == ""
-    finally:
-        gpuhost("cards", clean_host.name, str(ROOT / "molecule/simulated_host/cards.json"))

@@ -1,4 +1,4 @@
-"""Installed as a collection, from an empty directory, with nothing of the clone in sight."""
+"""The installed collection serves and rolls out from an empty directory, without the clone."""
 
 from __future__ import annotations
 
@@ -24,20 +24,15 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
 
     def run(program: str | Path, *words: object) -> str:
         done = subprocess.run(
-            [BIN / program, *map(str, words)],
-            cwd=empty,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+            [BIN / program, *map(str, words)], cwd=empty, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     run("ansible-galaxy", "collection", "build", ROOT, "--output-path", tmp_path)
     (built,) = tmp_path.glob("mlops-vllm_gpu-*.tar.gz")
     run("ansible-galaxy", "collection", "install", built, "--offline", "-p", tmp_path / "collections")
-    # Another group than vllm_gpu, in every verb.
+    # The inventory has another group than vllm_gpu.
     hosts = tmp_path / "hosts.yml"
     hosts.write_text(
         clean_host.inventory.read_text(encoding="utf-8").replace("vllm_gpu:", "fleet:", 1), "utf-8"
@@ -52,18 +47,18 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
     assert "changed=0" in play("serve", "-e", "gpu_device_id=1")
     play("verify")
 
-    # It finds itself, wherever it was installed.
+    # scripts/rollout finds the collection that it is part of.
     root = tmp_path / "collections/ansible_collections/mlops/vllm_gpu"
     del environment["ANSIBLE_COLLECTIONS_PATH"]
     request = ("-e", "gpu_device_id=0", "-e", "vllm_gpu_hosts=fleet")
-    said = run(root / "scripts/rollout", "-i", hosts, *request)
-    assert "1 changed, 0 were right already" in " ".join(said.split())
+    output = run(root / "scripts/rollout", "-i", hosts, *request)
+    assert "1 changed, 0 were right already" in " ".join(output.split())
     assert clean_host.served_gpu() == "0"
     assert json.loads((empty / "rollouts/latest/report.json").read_text("utf-8"))["waves"][0]["hosts"]
     environment["ANSIBLE_COLLECTIONS_PATH"] = str(tmp_path / "collections")
     assert "changed=0" in play("rollout", "-e", "gpu_device_id=0")
 
-    # What it holds is what it is made of, and documented.
+    # It holds no file of the tests, and each part of it is documented.
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [
         "changelogs", "deployment", "docker", "docs", "meta", "playbooks", "plugins", "roles", "scripts", "tests"
     ]  # fmt: skip

