@@ -1,8 +1,8 @@
 #!/usr/bin/python3 -I
-"""The simulated nvidia-smi; see simulated_gpu.py for what it looks at.
+"""The simulated nvidia-smi; see simulated_gpu.py for what it reads.
 
-Its words, layouts and exit codes are those recorded from the real one
-(driver 580); a call that was never recorded is refused rather than guessed.
+Its texts, layouts and exit codes are those recorded from the real one
+(driver 580); other reports than the table, -L and the queries are refused.
 """
 
 from __future__ import annotations
@@ -16,61 +16,35 @@ sys.path.insert(0, "/usr/local/lib/simulated-gpu")
 
 import simulated_gpu as gpu
 
-# What a card says about itself unless its description says otherwise.
+# What a card answers unless its description has another value.
 DEFAULTS = {
     "compute_mode": "Default",
     "display_active": "Disabled",
-    "display_mode": "Disabled",
     "ecc.errors.uncorrected.volatile.total": "[N/A]",
     "fan.speed": "0",
     "mig.mode.current": "[N/A]",
-    "mig.mode.pending": "[N/A]",
     "persistence_mode": "Disabled",
     "power.draw": "20.00",
     "power.limit": "[N/A]",
     "pstate": "P8",
-    "serial": "[N/A]",
     "temperature.gpu": "35",
     "utilization.gpu": "0",
-    "utilization.memory": "0",
 }
 COMPUTED: dict[str, Callable[[gpu.Card], object]] = {
     "index": lambda card: card.index,
-    "count": lambda _: len(gpu.visible_cards()),
-    "timestamp": lambda _: time.strftime("%Y/%m/%d %H:%M:%S.000"),
     "driver_version": lambda _: gpu.read_json("cards.json")["driver_version"],
     "memory.used": lambda card: card.used_mib,
     "memory.free": lambda card: card.usable_mib - card.used_mib,
 }
 GPU_ALIASES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}
 APP_ALIASES = {"name": "process_name", "used_memory": "used_gpu_memory"}
-SHORT = {"-i": "--id", "-d": "--display", "-q": "--query", "-L": "--list-gpus", "-c": "--count"}
-WITH_VALUE = ("--id", "--display", "--query-gpu", "--query-compute-apps", "--format", "--count")
-WITHOUT_VALUE = ("--query", "--list-gpus", "pmon")
-# What can be odd about a row, seen from drivers that were at a loss.
-ODD = {
-    "pid": {"pid": "[N/A]"},
-    "memory": {"used_gpu_memory": "ERR!", "memory.used": "ERR!", "memory.total": "[Unknown Error]"},
-    "digits": {"used_gpu_memory": "17592186044", "memory.used": "17592186044"},
-    "uuid": {"gpu_uuid": "[N/A]", "uuid": "[N/A]"},
-    "bus": {"pci.bus_id": "[N/A]"},
-    "driver": {"driver_version": "[Unknown Error]"},
-    "name": {"name": "NVIDIA H200, Rev. 2, \x1b[31mred\x07"},
-}
-APP_FIELDS = (
-    "timestamp",
-    "gpu_name",
-    "gpu_bus_id",
-    "gpu_serial",
-    "gpu_uuid",
-    "pid",
-    "process_name",
-    "used_gpu_memory",
-)
+SHORT = {"-i": "--id", "-L": "--list-gpus"}
+WITH_VALUE = ("--id", "--query-gpu", "--query-compute-apps", "--format")
+APP_FIELDS = ("gpu_name", "gpu_bus_id", "gpu_uuid", "pid", "process_name", "used_gpu_memory")
 
 
 def fail(status: int, text: str) -> NoReturn:
-    """End as the real one does: its errors go to standard output too."""
+    """End as the real one does, whose errors go to standard output."""
     print(text)
     sys.exit(status)
 
@@ -92,15 +66,9 @@ def gpu_value(card: gpu.Card, field: str) -> str:
 
 def app_value(card: gpu.Card, pid: int, mib: int, field: str) -> str:
     """Return the answer for a field of --query-compute-apps."""
-    if field == "pid":
-        return str(pid)
-    if field == "process_name":
-        return gpu.process_name(pid)
-    if field == "used_gpu_memory":
-        return str(mib)
-    if field.startswith("gpu_"):
-        return gpu_value(card, GPU_ALIASES.get(field, field.removeprefix("gpu_")))
-    return gpu_value(card, field)
+    if field in GPU_ALIASES:
+        return gpu_value(card, GPU_ALIASES[field])
+    return {"pid": str(pid), "process_name": gpu.process_name(pid), "used_gpu_memory": str(mib)}[field]
 
 
 def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> None:
@@ -112,7 +80,7 @@ def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> N
         print(
             ", ".join(
                 f"{value} {unit(field)}" if units and unit(field) and value != "[N/A]" else value
-                for field, value in zip(fields, row, strict=False)
+                for field, value in zip(fields, row, strict=True)
             )
         )
 
@@ -120,20 +88,6 @@ def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> N
 def listed(card: gpu.Card) -> dict[int, int]:
     """Return the MiB that each process holds, of those that it may list."""
     return {} if gpu.fault("processes") == "none" else gpu.processes(card)
-
-
-def odd_card(card: gpu.Card) -> str:
-    """Return what was to be odd about the card's row."""
-    index, _, kinds = gpu.fault("odd_card").partition(":")
-    return kinds if index == str(card.index) else ""
-
-
-def spoiled(row: list[str], fields: list[str], kinds: str) -> list[str]:
-    """Return a row that is as odd as it was told to be."""
-    for kind in kinds.split(","):
-        odd = ODD.get(kind, {})
-        row = [odd.get(field, value) for field, value in zip(fields, row, strict=True)]
-    return row[:1] if "fields" in kinds.split(",") else row
 
 
 def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool) -> None:
@@ -146,18 +100,12 @@ def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool)
             fail(2, f'Field "{field}" is not a valid field to query.\n')
     if apps:
         rows = [
-            spoiled(
-                [app_value(card, pid, mib, field) for field in fields],
-                fields,
-                gpu.fault("odd_rows") if gpu.is_tenant(pid) else "",
-            )
+            [app_value(card, pid, mib, field) for field in fields]
             for card in cards
             for pid, mib in listed(card).items()
         ]
     else:
-        rows = [
-            spoiled([gpu_value(card, field) for field in fields], fields, odd_card(card)) for card in cards
-        ]
+        rows = [[gpu_value(card, field) for field in fields] for card in cards]
     print_csv(rows, fields, formats)
 
 
@@ -166,13 +114,8 @@ def short(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[3 - width :]
 
 
-def plain(value: str) -> str:
-    """Return a value as the tables show it, without the query's brackets."""
-    return value.strip("[]")
-
-
 def table(cards: list[gpu.Card]) -> None:
-    """Print what nvidia-smi says without arguments."""
+    """Print the report of nvidia-smi without arguments."""
     driver = gpu.read_json("cards.json")
     version, cuda = driver["driver_version"], driver["cuda_version"]
     columns = f"+{'-' * 41}+{'-' * 24}+{'-' * 22}+"
@@ -186,7 +129,7 @@ def table(cards: list[gpu.Card]) -> None:
     print(f"|{'':41}|{'':24}|{'MIG M.':>21} |")
     print(f"|{'=' * 41}+{'=' * 24}+{'=' * 22}|")
     for card in cards:
-        value = {name: plain(gpu_value(card, name)) for name in DEFAULTS}
+        value = {name: gpu_value(card, name).strip("[]") for name in DEFAULTS}
         on = {"Enabled": "On", "Disabled": "Off"}
         persistence, display = on[value["persistence_mode"]], on[value["display_active"]]
         ecc = value["ecc.errors.uncorrected.volatile.total"]
@@ -221,46 +164,8 @@ def table(cards: list[gpu.Card]) -> None:
     print(line)
 
 
-def pids(cards: list[gpu.Card], attached: int) -> None:
-    """Answer -q -d PIDS."""
-    driver = gpu.read_json("cards.json")
-    print("\n==============NVSMI LOG==============\n")
-    print(f"{'Timestamp':<55}: {time.strftime('%a %b %d %H:%M:%S %Y')}")
-    print(f"{'Driver Version':<55}: {driver['driver_version']}")
-    print(f"{'CUDA Version':<55}: {driver['cuda_version']}\n")
-    print(f"{'Attached GPUs':<55}: {attached}")
-    for card in cards:
-        print(f"GPU {card.bus_id}")
-        held = listed(card)
-        print("    Processes" if held else f"{'    Processes':<55}: None")
-        for pid, mib in held.items():
-            for indent, key, value in (
-                (8, "GPU instance ID", "N/A"),
-                (8, "Compute instance ID", "N/A"),
-                (8, "Process ID", str(pid)),
-                (12, "Type", "C"),
-                (12, "Name", gpu.process_name(pid)),
-                (12, "Used GPU Memory", f"{mib} MiB"),
-            ):
-                print(f"{' ' * indent + key:<42}: {value}")
-        print()
-
-
-def pmon(cards: list[gpu.Card]) -> None:
-    """Answer pmon -c 1."""
-    print("# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command ")
-    print("# Idx           #    C/G      %      %      %      %      %      %    name ")
-    for card in cards:
-        held = listed(card)
-        for pid in held:
-            name = gpu.process_name(pid).rsplit("/", 1)[-1]
-            print(f"{card.index:>5} {pid:>10}     C      0      0      -      -      -      -    {name:<15}")
-        if not held:
-            print(f"{card.index:>5} {'-':>10}     -{'      -' * 6}    {'-':<15}")
-
-
 def select(cards: list[gpu.Card], wanted: str | None) -> list[gpu.Card]:
-    """Return the cards that -i asks for; there is no answer for those that aren't there."""
+    """Return the cards that -i names, of those that exist."""
     if wanted is not None:
         cards = [card for card in cards if any(map(card.is_called, wanted.split(",")))]
     if not cards:
@@ -268,13 +173,11 @@ def select(cards: list[gpu.Card], wanted: str | None) -> list[gpu.Card]:
     return cards
 
 
-def look_at_driver() -> list[gpu.Card]:
+def read_driver() -> list[gpu.Card]:
     """Return the cards, or fail as a driver that doesn't work makes nvidia-smi fail."""
     if gpu.fault("nvidia_smi") == "hang":
         while True:
             time.sleep(3600)
-    while gpu.fault("nvidia_smi") == "flood":
-        print("0, " * 20000)
     state = gpu.fault("driver")
     if state == "mismatch":
         fail(18, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.159")
@@ -291,7 +194,7 @@ def look_at_driver() -> list[gpu.Card]:
 
 
 def parse(argv: list[str]) -> dict[str, str]:
-    """Read the command line as leniently as the real one does."""
+    """Read the command line, as leniently as the real one does."""
     options: dict[str, str] = {}
     arguments = list(argv)
     while arguments:
@@ -301,7 +204,7 @@ def parse(argv: list[str]) -> dict[str, str]:
             if not equals and not arguments:
                 fail(255, f"ERROR: Option {name} is missing its value. Please run 'nvidia-smi -h'.\n")
             options[name] = value if equals else arguments.pop(0)
-        elif name in WITHOUT_VALUE:
+        elif name == "--list-gpus":
             options[name] = ""
         else:
             fail(255, f"ERROR: Option {name} is not recognized. Please run 'nvidia-smi -h'.\n")
@@ -313,8 +216,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     if {"--list-gpus", "--id"} <= options.keys():
         fail(255, "ERROR: Option -i is not valid for this command. Please run 'nvidia-smi -h' for help.\n")
-    attached = look_at_driver()
-    cards = select(attached, options.get("--id"))
+    cards = select(read_driver(), options.get("--id"))
     queries = [name for name in ("--query-gpu", "--query-compute-apps") if name in options]
     if queries:
         formats = options.get("--format", "").split(",")
@@ -324,12 +226,6 @@ def main(argv: list[str]) -> None:
     elif "--list-gpus" in options:
         for card in cards:
             print(f"GPU {card.index}: {card.properties['name']} (UUID: {card.uuid})")
-    elif "--query" in options:
-        if options.get("--display") != "PIDS":
-            fail(255, "simulated nvidia-smi: of the reports of -q it knows only -d PIDS")
-        pids(cards, len(attached))
-    elif "pmon" in options:
-        pmon(cards)
     else:
         table(cards)
 

@@ -1,11 +1,10 @@
 #!/usr/bin/python3 -I
-"""The simulated cards: what the driver is on a real GPU host.
+"""The simulated cards, in place of a GPU host's driver.
 
-A card is a file, and a process holds N MiB of its memory by holding POSIX
-locks on N MiB of that file. So the kernel itself does the book-keeping: a
-lock goes when its process goes, ``/proc/locks`` names every holder, with the
-PIDs of the reader's own namespace and none that it may not see, and the same
-card bind-mounted into a container is still the same card.
+A card is a file, and a process holds N MiB of its memory by POSIX locks on N MiB
+of that file. So the kernel keeps the accounts: a lock ends with its process,
+``/proc/locks`` lists the holders by the PIDs of the reader's own namespace, and a
+card that is bind-mounted into a container is still the same card.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ FLOCK = "hhqqi"
 
 
 class OutOfMemoryError(Exception):
-    """The card hasn't as much free memory as was asked for."""
+    """The card has less free memory than requested."""
 
 
 class UnknownCardError(Exception):
@@ -45,12 +44,12 @@ class UnknownCardError(Exception):
 
 
 class LostCardError(Exception):
-    """A device node that is no card (any more)."""
+    """A device node that is no card, or no longer one."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One card, as seen from where this process runs."""
+    """One card, as this process sees it."""
 
     index: int
     minor: int
@@ -59,7 +58,7 @@ class Card:
 
     @property
     def uuid(self) -> str:
-        """The card's UUID, the same wherever it is looked at from."""
+        """The card's UUID, the same on the host and in a container."""
         return str(self.properties["uuid"])
 
     @property
@@ -79,10 +78,10 @@ class Card:
 
     @property
     def used_mib(self) -> int:
-        """What all processes hold, those of other containers included.
+        """What all processes hold, in other containers too.
 
-        Not to be asked by a process that holds memory of this card itself:
-        closing the file would drop its locks.
+        Not for a process that holds memory of this card itself: closing the
+        file would drop its locks.
         """
         with open_card(self.path) as fd:
             held = sum(end - start for start, end in locked(fd, 0, self.usable_mib * MIB))
@@ -95,7 +94,7 @@ class Card:
 
 @contextmanager
 def open_card(path: Path) -> Iterator[int]:
-    """Open the card for as long as the block runs."""
+    """Open the card for the duration of the block."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         yield fd
@@ -111,26 +110,26 @@ def locked(fd: int, start: int, end: int) -> list[tuple[int, int]]:
     kind, _, begin, length, _ = struct.unpack(FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, query))
     if kind == fcntl.F_UNLCK:
         return []
-    # The kernel names one holder, not the first one: look on both sides of it.
+    # The kernel names any one holder: there may be others on both sides of it.
     begin, stop = max(begin, start), min(begin + length, end)
     return [*locked(fd, start, begin), (begin, stop), *locked(fd, stop, end)]
 
 
 def allocate(card: Card, mib: int) -> int:
-    """Take `mib` MiB of the card; they are held until the returned file or the process ends."""
+    """Take `mib` MiB of the card, until the returned file is closed or the process ends."""
     fd = os.open(card.path, os.O_RDWR | os.O_CLOEXEC)
     for _ in range(100):
         missing, at = mib * MIB, 0
         end = card.usable_mib * MIB
         try:
             for begin, stop in [*locked(fd, 0, end), (end, end)]:
-                take = min(begin - at, missing)
-                if take > 0:
-                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, take, at)
-                    missing -= take
+                size = min(begin - at, missing)
+                if size > 0:
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, size, at)
+                    missing -= size
                 at = stop
         except BlockingIOError:
-            # Another process was quicker: start again with what is free now.
+            # Another process was quicker.
             fcntl.lockf(fd, fcntl.LOCK_UN)
             time.sleep(0.005)
             continue
@@ -142,7 +141,7 @@ def allocate(card: Card, mib: int) -> int:
 
 
 def processes(card: Card) -> dict[int, int]:
-    """Return the MiB that each process this one may know of holds, by PID."""
+    """Return the MiB that each process holds, by PID, of those that this process can see."""
     status = card.path.stat()
     where = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     held: dict[int, int] = {}
@@ -155,7 +154,7 @@ def processes(card: Card) -> dict[int, int]:
 
 
 def process_name(pid: int) -> str:
-    """Return what the process calls itself, as nvidia-smi shows it."""
+    """Return the process's name as nvidia-smi shows it."""
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
     except OSError:
@@ -163,16 +162,8 @@ def process_name(pid: int) -> str:
     return os.fsdecode(title)
 
 
-def is_tenant(pid: int) -> bool:
-    """Whether the process is a tenant's (see gpu_tenant.py)."""
-    try:
-        return b"gpu_tenant.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
 def read_json(name: str) -> dict[str, Any]:
-    """Read a file of the simulated driver; empty where there is none."""
+    """Read a file of the simulated driver; empty if it doesn't exist."""
     try:
         value: dict[str, Any] = json.loads((STATE / name).read_text())
     except FileNotFoundError:
@@ -181,14 +172,14 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def fault(name: str) -> str:
-    """Return how this part was told to misbehave just now; empty for not at all."""
+    """Return how this part misbehaves just now; empty for not at all."""
     return str(read_json("faults.json").get(name, ""))
 
 
 def visible_cards() -> list[Card]:
     """Return the cards whose device nodes this process has, in PCI order.
 
-    They are numbered from 0 in every container, as NVIDIA's tools do.
+    NVIDIA's tools number them from 0 in every container.
     """
     known = {}
     for properties in read_json("cards.json").get("cards", []):
@@ -217,9 +208,9 @@ def find_card(name: str) -> Card:
 
 
 def load_driver(cards_file: Path) -> None:
-    """Make the host's device nodes be the cards that the file describes.
+    """Make the host's device nodes the cards that the file describes.
 
-    Cards that stay keep their file, and with it their running processes.
+    Cards that remain keep their file, and so their processes.
     """
     description = json.loads(cards_file.read_text())
     cards = sorted(description["cards"], key=lambda card: str(card["pci.bus_id"]))
@@ -228,7 +219,7 @@ def load_driver(cards_file: Path) -> None:
     for card in cards:
         path = STATE / "cards" / card["uuid"]
         path.touch()
-        # As /dev/nvidia* are: a container's user need not be root.
+        # Like /dev/nvidia*: a container's user need not be root.
         path.chmod(0o666)
     temporary = STATE / "cards.json.new"
     temporary.write_text(json.dumps(description))
@@ -246,7 +237,7 @@ def load_driver(cards_file: Path) -> None:
 def take_away(pid: int) -> None:
     """Take the device nodes out of a running container, as a reload of systemd can.
 
-    What it has open already goes on working; starting it again cures it.
+    Files that it has open still work; a restart cures it.
     """
     clone_newns, mnt_detach = 0x20000, 2
     libc = ctypes.CDLL(None, use_errno=True)
