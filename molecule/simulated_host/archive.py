@@ -1,4 +1,4 @@
-"""Tar files in the making, that are the same for the same content."""
+"""Tar files that are byte by byte the same for the same content."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import io
 import tarfile
 from pathlib import Path
 
-# The user id of `ops`, who may do everything on a host, but through sudo only.
+# The user id of `ops`, who is root by sudo only.
 OPS = 1000
 
 
 class Archive:
-    """A tar file in the making."""
+    """A tar file that is being written."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start empty."""
         self.buffer = io.BytesIO()
         self.tar = tarfile.TarFile(fileobj=self.buffer, mode="w", format=tarfile.PAX_FORMAT)
         self.names: set[str] = set()
 
     def add(self, info: tarfile.TarInfo, data: bytes | None = None) -> None:
-        """Add one member, with the folders above it; whose home it is in owns it, else root."""
+        """Add a member, with its parent folders; root owns it, or `ops` in its home."""
         info.name = info.name.strip("/")
         if info.name in self.names:
             return
@@ -34,9 +34,9 @@ class Archive:
         self.tar.addfile(info, None if data is None else io.BytesIO(data))
 
     def folder(self, name: str, mode: int = 0o755) -> None:
-        """Add a folder, or what this machine has in its place: /lib may be a link."""
+        """Add a folder, or the link that it is on this machine, as /lib may be."""
         here = Path("/", name)
-        # In this order: what is below /root is for root's eyes only.
+        # In this order, as only root may read below /root.
         if here.parent == Path("/") and here.is_symlink():
             self.link(name, str(here.readlink()))
             return
@@ -51,18 +51,18 @@ class Archive:
         self.add(info)
 
     def text(self, name: str, data: str | bytes, mode: int = 0o644) -> None:
-        """Add a file of the given content."""
+        """Add a file with this content."""
         data = data.encode() if isinstance(data, str) else data
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), mode
         self.add(info, data)
 
     def machine(self, path: Path) -> None:
-        """Add a file, link or folder of this machine under its own name, where it can be read."""
+        """Add a file, link or folder of this machine under its own name, if it can be read."""
         if not (path.exists() or path.is_symlink()):
             return
         name = str(path).strip("/")
-        # Below a linked folder (/lib64 -> usr/lib64) nothing can be unpacked.
+        # Nothing can be unpacked below a linked folder (/lib64 -> usr/lib64).
         name = str(path.parent.resolve() / path.name).strip("/")
         if path.is_symlink():
             self.link(name, str(path.readlink()))
@@ -72,7 +72,7 @@ class Archive:
                 self.machine(child)
         else:
             info = self.tar.gettarinfo(path, name)
-            # Links between files would need both; the content is small.
+            # A copy, as a hard link would need its target, too.
             info.type, info.linkname = tarfile.REGTYPE, ""
             with contextlib.suppress(PermissionError):
                 self.add(info, path.read_bytes())

@@ -1,5 +1,5 @@
 #!/usr/bin/python3 -I
-"""Another user's program on a card: holds memory of it until it is stopped."""
+"""Another user's program on a card, which holds memory of it until it is stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import simulated_gpu as gpu
 
 
 def main() -> None:
-    """Take the memory, say so, and wait."""
+    """Take the memory, report it, and wait."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--card", required=True, help="index, UUID or PCI bus id")
     parser.add_argument("--mib", required=True, type=int)
@@ -22,9 +22,9 @@ def main() -> None:
     try:
         gpu.allocate(gpu.find_card(options.card), options.mib)
     except gpu.UnknownCardError:
-        sys.exit(f"no card {options.card} here")
+        sys.exit(f"this host has no card {options.card}")
     except gpu.OutOfMemoryError:
-        sys.exit(f"card {options.card} hasn't {options.mib} MiB free")
+        sys.exit(f"card {options.card} has less than {options.mib} MiB free")
     print("holding", flush=True)
     while True:
         signal.pause()

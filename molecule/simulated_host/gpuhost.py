@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Simulated GPU hosts: real Docker engines behind SSH, where only the card is not real.
+"""Simulated GPU hosts: a real Docker Engine each, reached by SSH; only the cards are not real.
 
-`setup` beside this file must have run once.
+Run `setup` beside this file once, before.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from hosts import Host, all_hosts, inventory, start
-from machine import HERE, HostError, step
+from machine import HostError, step
 
 FAULTS = {
-    "runtime": "gives other cards than asked: other | two | all | none | ids, e.g. 0,1",
-    "nvidia_smi": "hang | missing | flood (prints without end)",
+    "runtime": "gives these cards, whatever is requested: two (another one, too) | all | none | ids, e.g. 0,1",
+    "nvidia_smi": "hang | missing",
     "processes": "nvidia-smi lists no processes, as in an LXC guest: none",
-    "odd_rows": "rows of tenants' processes (see tenant): pid | memory | digits | uuid | fields, or several: pid,memory",
-    "odd_card": "a card's row in the list of cards, e.g. 0:memory (or digits | driver | bus | uuid | name | fields)",
     "driver": "gone | mismatch",
     "lost_card": "a running container (name or id) loses its card, until it is started again",
     "start_delay": "seconds that the server takes longer to start",
@@ -30,15 +28,15 @@ FAULTS = {
     "worker_dies_after": "the engine process dies so many seconds after it is ready",
     "health": "never healthy: 503 | closed (the port never opens)",
     "serve_as": "the server serves this model name instead",
-    "api": "what it answers below /v1: drip (a byte every 3 s, without end) | drip_headers (likewise) | flood",
-    "log_secret": "the server's log holds its API key: 1",
-    "log_escape": "the server's log holds control characters: 1",
+    "api": "what it answers below /v1: drip (a byte every 3 s, without end)",
+    "log_secret": "the server's log has its API key: 1",
+    "log_escape": "the server's log has control characters: 1",
 }
 
 
 def command_up(options: argparse.Namespace) -> None:
-    """Start hosts; those that run are left alone."""
-    start(options.names, options.cards, own_cards=options.own_cards)
+    """Start hosts, of those that don't run yet."""
+    start(options.names, own_cards=options.own_cards)
 
 
 def command_down(options: argparse.Namespace) -> None:
@@ -48,13 +46,8 @@ def command_down(options: argparse.Namespace) -> None:
             host.down()
 
 
-def command_load(options: argparse.Namespace) -> None:
-    """Put the stand-in for vLLM's image into a host, under any tag."""
-    Host(options.name).load(options.tags)
-
-
 def command_inventory(options: argparse.Namespace) -> None:
-    """Print an Ansible inventory of hosts, as YAML."""
+    """Print an Ansible inventory of hosts in YAML."""
     print(inventory([Host(name) for name in options.names]))
 
 
@@ -65,7 +58,7 @@ def command_ssh(options: argparse.Namespace) -> None:
 
 
 def fault_settings(words: list[str], known: Collection[str]) -> dict[str, str]:
-    """Return the faults that a command line sets, of those that are known."""
+    """Return the faults that the command line sets."""
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -76,7 +69,7 @@ def fault_settings(words: list[str], known: Collection[str]) -> dict[str, str]:
 
 
 def command_fault(options: argparse.Namespace) -> None:
-    """Make a host misbehave, end that, or show how it does."""
+    """Make a host misbehave, end that, or print its faults."""
     settings = fault_settings(options.settings, FAULTS)
     if options.clear:
         settings = dict.fromkeys(set(FAULTS) - {"lost_card"}, "") | settings
@@ -114,7 +107,7 @@ def command_cards(options: argparse.Namespace) -> None:
 
 
 def command_engine(options: argparse.Namespace) -> None:
-    """Start, stop or restart a host's Docker engine."""
+    """Start, stop or restart a host's Docker Engine."""
     host = Host(options.name)
     if options.action in ("stop", "restart"):
         host.script("touch /run/engine-stopped; simulated-engine stop")
@@ -124,7 +117,7 @@ def command_engine(options: argparse.Namespace) -> None:
 
 
 def command_reboot(options: argparse.Namespace) -> None:
-    """Boot a host again, as after a loss of power."""
+    """Boot a host again, as after a power cut."""
     host = Host(options.name)
     with step(f"rebooting {host.name}"):
         host.reboot()
@@ -141,23 +134,21 @@ def parser() -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("command_")
         sub = commands.add_parser(name, formatter_class=raw, description=text, help=text)
         sub.set_defaults(run=run)
-        for one in names:
-            sub.add_argument(one, metavar="NAME", nargs="+" if one == "names" else None)
+        for argument in names:
+            sub.add_argument(argument, metavar="NAME", nargs="+" if argument == "names" else None)
         return sub
 
     up = add(command_up, "names")
-    up.add_argument("--cards", type=Path, default=HERE / "cards.json", metavar="FILE")
     up.add_argument("--own-cards", action="store_true", help="with UUIDs that no other host's cards have")
     which = add(command_down).add_mutually_exclusive_group(required=True)
     which.add_argument("names", nargs="*", default=[], metavar="NAME")
     which.add_argument("--all", action="store_true")
-    add(command_load, "name").add_argument("tags", nargs="+", metavar="TAG")
     add(command_inventory, "names")
     add(command_ssh, "name").add_argument("command", nargs=argparse.REMAINDER)
     fault = add(command_fault, "name")
     fault.epilog = "keys:\n" + "\n".join(f"  {key:<18} {text}" for key, text in FAULTS.items())
     fault.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="an empty value ends the fault")
-    fault.add_argument("--clear", action="store_true", help="end all other faults")
+    fault.add_argument("--clear", action="store_true", help="end all other faults (give it last)")
     tenant = add(command_tenant, "name")
     tenant.add_argument("--card", metavar="ID")
     tenant.add_argument("--mib", type=int)
@@ -172,12 +163,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run one command."""
-    command_line = parser()
-    options, rest = command_line.parse_known_args()
-    if rest and options.verb == "fault" and not any(word.startswith("-") for word in rest):
-        options.settings += rest  # argparse doesn't find them behind --clear
-    elif rest:
-        command_line.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parser().parse_args()
     try:
         options.run(options)
     except HostError as error:

@@ -1,4 +1,4 @@
-"""Simulated GPU hosts: each a container of this machine's engine, with an engine and an SSH server of its own."""
+"""Simulated GPU hosts: each is a container on this machine, with a Docker Engine and an SSH server of its own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import shlex
 import shutil
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 from archive import Archive
 from images import CLONE, DEFAULT_IMAGE, LABEL, host_image, stand_in_image
-from machine import CACHE, PLUGIN, HostError, docker, step
+from machine import CACHE, HERE, PLUGIN, HostError, docker, step
 
 HOSTS = CACHE / "simulated-hosts"
 CLIENT_KEY = HOSTS / "id_ed25519"
@@ -23,9 +22,9 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 
 
 def withheld_capability() -> list[str]:
-    """Return the options that keep CAP_SYS_RESOURCE out of ALL: it isn't everybody's to give, nothing here needs it.
+    """Return the options that keep CAP_SYS_RESOURCE out of ALL: some machines can't give it, and no host needs it.
 
-    From Engine 23 on, ALL is what there is to give, and what there isn't can't be dropped.
+    From Engine 23 on ALL is what the machine has, and dropping another capability is an error.
     """
     older = re.match(r"(1?\d|2[0-2])\.", docker("version", "--format", "{{.Server.Version}}"))
     return ["--cap-drop", "SYS_RESOURCE"] if older else []
@@ -35,18 +34,18 @@ class Host:
     """One simulated host."""
 
     def __init__(self, name: str) -> None:
-        """Name a host, which need not exist yet."""
+        """Name a host, which may not exist yet."""
         if not NAME.fullmatch(name):
             raise HostError(f"not a host name: {name!r} (small letters, digits and dashes)")
         self.name = name
         self.container = f"{LABEL}-{CLONE}-{name}"
         self.folder = HOSTS / name
         self.ssh_config = self.folder / "ssh_config"
-        # Ansible keeps connections by this name: two clones must not share one.
+        # Ansible shares connections by this name, which two clones must not.
         self.alias = f"{name}.{CLONE}"
 
     def inspect(self, template: str) -> str:
-        """Return something about the container; empty where it doesn't exist."""
+        """Return what `docker inspect` reports of the container; empty if it doesn't exist."""
         return docker("container", "inspect", "--format", template, self.container, check=False)
 
     def run(self, *command: str, data: bytes | None = None, check: bool = True) -> str:
@@ -55,11 +54,11 @@ class Host:
         return docker("exec", *options, self.container, *command, data=data, check=check)
 
     def script(self, text: str, *arguments: str, data: bytes | None = None) -> str:
-        """Run a few lines of shell on the host as root."""
+        """Run a shell script on the host as root."""
         return self.run("/usr/local/sbin/login-shell", "-euc", text, "sh", *arguments, data=data)
 
     def write_ssh_config(self, key: str) -> None:
-        """Write down how to reach the host, and the only key that it may answer with."""
+        """Write how to reach the host, and the only key that it may answer with."""
         port = self.inspect('{{(index (index .NetworkSettings.Ports "22/tcp") 0).HostPort}}')
         known_hosts = self.folder / "known_hosts"
         known_hosts.write_text(f"[127.0.0.1]:{port} {key}\n")
@@ -76,11 +75,11 @@ class Host:
         )
 
     def ssh_command(self) -> list[str]:
-        """Return the call of ssh that reaches the host."""
+        """Return the ssh command that reaches the host."""
         return ["ssh", "-F", str(self.ssh_config), self.name]
 
     def answers(self) -> bool:
-        """Whether it can be reached by SSH and its engine answers (or was stopped on purpose)."""
+        """Whether it answers by SSH, and its Docker Engine too, unless that was stopped on purpose."""
         if not self.ssh_config.exists() or self.inspect("{{.State.Running}}") != "true":
             return False
         command = "test -e /run/engine-stopped || docker info >/dev/null"
@@ -93,7 +92,7 @@ class Host:
         return done.returncode == 0
 
     def wait_ready(self, since: str = "") -> None:
-        """Wait until the host's first process says that it has booted; note its SSH key."""
+        """Wait until the host's first process reports that it has booted; save its SSH key."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             log = docker("logs", *(["--since", since] if since else []), self.container)
@@ -110,7 +109,7 @@ class Host:
         raise HostError(f"{self.name} isn't ready after 60 s:\n{docker('logs', self.container)}")
 
     def container_options(self) -> list[str]:
-        """Return how the host's container is made: an engine of its own runs in there."""
+        """Return the options of the host's container, in which a Docker Engine can run."""
         options = f"""
             --name {self.container} --hostname {self.name}
             --label {LABEL}={CLONE} --label {LABEL}.name={self.name}
@@ -124,7 +123,7 @@ class Host:
         return [*options, *rule, *withheld_capability(), "--volume", plugin]
 
     def up(self, cards: dict[str, Any]) -> None:
-        """Start the host where it doesn't run yet, with these cards and the image of the role's default."""
+        """Start the host if it doesn't run yet, with these cards, and load the role's default image."""
         if not self.answers():
             self.down()
             image = host_image(CLIENT_KEY.with_suffix(".pub").read_bytes())
@@ -136,29 +135,27 @@ class Host:
                 docker("cp", "-", f"{self.container}:/", data=files.bytes())
                 docker("start", self.container)
                 self.wait_ready()
-        self.load([DEFAULT_IMAGE])
+        self.load()
 
-    def load(self, images: list[str]) -> None:
-        """Put the stand-in into the host's engine under each of the tags."""
+    def load(self) -> None:
+        """Load the stand-in for vLLM's image."""
         if self.run("find", "/run/engine-stopped", check=False):
             return
-        there = self.run("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
-        for image in images:
-            if image not in there:
-                with step(f"loading {image} into {self.name}"):
-                    self.run("docker", "load", "-q", data=stand_in_image(image))
+        if not self.run("docker", "image", "ls", "-q", DEFAULT_IMAGE):
+            with step(f"loading {DEFAULT_IMAGE} into {self.name}"):
+                self.run("docker", "load", "-q", data=stand_in_image())
 
     def down(self) -> None:
-        """Remove the host and all that it kept."""
+        """Remove the host and its data."""
         docker("rm", "--force", "--volumes", self.container, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file on the host, never to be seen half-written."""
+        """Write a file on the host, in one step."""
         self.script('mkdir -p "${1%/*}"; cat >"$1.new"; mv "$1.new" "$1"', path, data=data)
 
     def fault(self, settings: dict[str, str]) -> dict[str, str]:
-        """Add to how the host misbehaves; an empty value ends a fault."""
+        """Set faults of the host; an empty value ends one."""
         faults: dict[str, str] = json.loads(
             self.script("cat /run/simulated-gpu/faults.json 2>/dev/null || echo {}")
         )
@@ -168,19 +165,19 @@ class Host:
             self.script(f'simulated-driver take-away "$({pid})"', container)
         faults = {key: value for key, value in {**faults, **settings}.items() if value}
         self.put("/run/simulated-gpu/faults.json", json.dumps(faults).encode())
-        there = 'rm -f "$1"' if faults.get("nvidia_smi") == "missing" else 'ln -sf "$2" "$1"'
-        self.script(there, "/usr/local/bin/nvidia-smi", "../lib/simulated-gpu/nvidia_smi.py")
+        install = 'rm -f "$1"' if faults.get("nvidia_smi") == "missing" else 'ln -sf "$2" "$1"'
+        self.script(install, "/usr/local/bin/nvidia-smi", "../lib/simulated-gpu/nvidia_smi.py")
         return faults
 
     def reboot(self) -> None:
-        """Let the host lose its power and boot again."""
+        """Cut the host's power and boot it again."""
         since = str(time.time())
         docker("kill", "--signal", "HUP", self.container)
         self.wait_ready(since)
 
 
 def all_hosts() -> list[Host]:
-    """Return the hosts that exist, of this clone of the project."""
+    """Return the existing hosts of this clone of the project."""
     names = docker(
         "ps", "--all", "--filter", f"label={LABEL}={CLONE}", "--format", f'{{{{.Label "{LABEL}.name"}}}}'
     )
@@ -188,7 +185,7 @@ def all_hosts() -> list[Host]:
 
 
 def inventory(hosts: list[Host]) -> str:
-    """Return an inventory in YAML (of which JSON is a part)."""
+    """Return an Ansible inventory in YAML."""
     lines = ["vllm_gpu:", "  hosts:"]
     for host in hosts:
         variables = {
@@ -204,20 +201,23 @@ def inventory(hosts: list[Host]) -> str:
     return "\n".join(lines)
 
 
-def start(names: list[str], cards_file: Path, *, own_cards: bool) -> None:
-    """Start hosts; one after the other, as two runs at once would make the key and the images twice."""
+def start(names: list[str], *, own_cards: bool) -> None:
+    """Start hosts, one after the other: two runs at once would make the key and the images twice."""
     HOSTS.mkdir(parents=True, exist_ok=True)
     with (HOSTS / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not CLIENT_KEY.exists():
             key = ["-q", "-t", "ed25519", "-N", "", "-C", LABEL, "-f", str(CLIENT_KEY)]
             subprocess.run(["ssh-keygen", *key], check=True)
+        cards = json.loads((HERE / "cards.json").read_bytes())
         for name in names:
-            cards = json.loads(cards_file.read_bytes())
             Host(name).up(own(cards, name) if own_cards else cards)
 
 
 def own(description: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the cards with UUIDs of this host alone, as real ones have: the last digits follow from its name."""
+    """Return the cards with UUIDs of this host alone, like real ones: the last digits follow from its name."""
     end = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return {**description, "cards": [{**one, "uuid": one["uuid"][:-8] + end} for one in description["cards"]]}
+    return {
+        **description,
+        "cards": [{**card, "uuid": card["uuid"][:-8] + end} for card in description["cards"]],
+    }

@@ -1,4 +1,4 @@
-"""The images: a host's, and the stand-in for vLLM's. Both are made of this machine's files."""
+"""The images of a host and of the stand-in for vLLM, both made from files of this machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from archive import OPS, Archive
 from machine import CACHE, HERE, ROOT, docker, step
 
 LABEL = "simulated-gpu-host"
-# Two clones of the project on one machine don't meet.
+# So that two clones of the project on one machine don't share hosts.
 CLONE = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
-DEFAULT_IMAGE = "vllm/vllm-openai:v0.32.0"
-# What a host has of this machine's /etc.
+VERSION = "0.32.0"
+DEFAULT_IMAGE = f"vllm/vllm-openai:v{VERSION}"
+# The part of this machine's /etc that a host gets.
 ETC = """
     alternatives ld.so.conf ld.so.conf.d ld.so.cache nsswitch.conf os-release lsb-release debian_version
     protocols services ssl/openssl.cnf localtime
@@ -25,7 +26,7 @@ ETC = """
 
 
 def skeleton(folders: str) -> Archive:
-    """Begin an archive with those of the folders that this machine has too."""
+    """Start an archive with those of the folders that this machine has, too."""
     archive = Archive()
     for folder in folders.split():
         if Path("/", folder).exists():
@@ -36,7 +37,7 @@ def skeleton(folders: str) -> Archive:
 
 
 def host_archive(key: bytes) -> bytes:
-    """Return the file system of a host that this SSH key opens: all but /usr, which it has from this machine."""
+    """Return the file system of a host that accepts this SSH key, without /usr, which is this machine's."""
     archive = skeleton("bin sbin lib lib64 usr proc sys dev run srv mnt opt var/log")
     archive.link("var/run", "/run")
     archive.folder("var/tmp", 0o1777)
@@ -59,7 +60,7 @@ def host_archive(key: bytes) -> bytes:
     for home in ("root", "home/ops"):
         archive.folder(f"{home}/.ssh", 0o700)
         archive.text(f"{home}/.ssh/authorized_keys", key, 0o600)
-    # dropbear's own PATH knows no /usr/local, OpenSSH's on a real host does.
+    # dropbear's own PATH lacks /usr/local, unlike OpenSSH's on a real host.
     archive.text(
         shell,
         "#!/bin/bash\nexport PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
@@ -76,7 +77,7 @@ def host_archive(key: bytes) -> bytes:
 
 
 def host_image(key: bytes) -> str:
-    """Build the host's image where it isn't there yet; return its name."""
+    """Build the host's image if it doesn't exist yet; return its name."""
     archive = host_archive(key)
     image = f"{LABEL}:{hashlib.sha256(archive).hexdigest()[:12]}"
     if not docker("image", "ls", "-q", image):
@@ -86,7 +87,7 @@ def host_image(key: bytes) -> str:
     return image
 
 
-# What the stand-in's image holds of this machine beside Python.
+# The commands of this machine in the stand-in's image.
 COMMANDS = """
     bash cat chmod cp cut date df dirname env false grep head hostname id kill ls mkdir mktemp mv
     printenv ps pwd rm sed sh sleep sort tail tee timeout touch tr true uname wc python3
@@ -94,13 +95,13 @@ COMMANDS = """
 
 
 def libraries(files: list[Path]) -> set[Path]:
-    """Return the shared libraries that the files load, and the loader."""
+    """Return the shared libraries that the files load, with the loader."""
     done = subprocess.run(["ldd", *map(str, files)], capture_output=True, text=True, check=False)
     return {Path(path) for path in re.findall(r"(?:=> )?(/[^\s:]+) \(0x", done.stdout)}
 
 
 def stand_in_files() -> list[Path]:
-    """Return the files of this machine that go into the stand-in's image."""
+    """Return the files of this machine for the stand-in's image."""
     standard_library = Path("/usr/lib") / Path("/usr/bin/python3").resolve().name
     found = [Path(shutil.which(name, path="/usr/bin:/bin") or "/nonexistent") for name in COMMANDS.split()]
     commands = [path for path in found if path.exists()]
@@ -118,7 +119,7 @@ def stand_in_files() -> list[Path]:
 
 
 def stand_in_layer() -> bytes:
-    """Return the file system of the stand-in's image; kept from one run to the next."""
+    """Return the file system of the stand-in's image, from the cache if nothing changed."""
     program = (HERE / "vllm_stand_in.py").read_bytes()
     recipe = hashlib.sha256(program)
     for file in (Path(__file__), HERE / "archive.py"):
@@ -143,15 +144,14 @@ def stand_in_layer() -> bytes:
     return kept.read_bytes()
 
 
-def stand_in_image(tag: str) -> bytes:
-    """Return the image in the form of `docker save`; the version it reports is its tag's."""
+def stand_in_image() -> bytes:
+    """Return the stand-in's image as `docker save` writes it."""
     layer = stand_in_layer()
-    version = tag.rpartition(":")[2].removeprefix("v") if ":" in tag.rpartition("/")[2] else "0.0.0"
     environment = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "SIMULATED_VLLM_VERSION": version,
+        "SIMULATED_VLLM_VERSION": VERSION,
     }
     created = "2026-01-01T00:00:00Z"
     config = json.dumps(
@@ -173,6 +173,6 @@ def stand_in_image(tag: str) -> bytes:
     archive = Archive()
     archive.text("layer.tar", layer)
     archive.text(name, config)
-    manifest = [{"Config": name, "RepoTags": [tag], "Layers": ["layer.tar"]}]
+    manifest = [{"Config": name, "RepoTags": [DEFAULT_IMAGE], "Layers": ["layer.tar"]}]
     archive.text("manifest.json", json.dumps(manifest))
     return archive.bytes()

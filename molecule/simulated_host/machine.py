@@ -1,4 +1,4 @@
-"""This machine: where things are kept, its Docker engine, and how a person sees that something goes on."""
+"""This machine: its folders, its Docker Engine, and the progress of steps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SOCKET = "/var/run/docker.sock"
 
 
 class HostError(Exception):
-    """Something that the user can do something about."""
+    """A problem that the user can solve."""
 
 
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what starts, and how long it took."""
+    """Print what starts, and how long it took."""
     started = time.monotonic()
     print(text, end=" ", file=sys.stderr, flush=True)
     try:
@@ -37,10 +37,10 @@ def step(text: str) -> Iterator[None]:
 
 @functools.cache
 def docker_command() -> tuple[str, ...]:
-    """Return how to call the client, which needs sudo where the socket isn't ours."""
+    """Return the Docker client's command, with sudo if only root may use the socket."""
     clients = [path for path in ("/usr/bin/docker", "/usr/local/bin/docker") if os.access(path, os.X_OK)]
     if not (clients and PLUGIN.exists() and Path(SOCKET).exists()):
-        raise HostError(f"no Docker engine here, or no Compose: run {HERE / 'setup'}")
+        raise HostError(f"Docker Engine or its Compose plugin is missing: run {HERE / 'setup'}")
     command = (clients[0], "--host", f"unix://{SOCKET}")
     return command if os.access(SOCKET, os.W_OK) else ("sudo", *command)
 
