@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 """Stand-in for `vllm` in the image vllm/vllm-openai: `vllm serve` without a model.
 
-Same flags, processes, log, API and ways to fail as the real one; what it
-answers is made up. The card it works on is whatever the container was given:
-the driver library comes with the card, from the runtime hook, as libcuda does.
+It has the flags, processes, log, failures and the basic API of the real one; its
+completions are made up. It works on the cards that the container was given: the
+runtime's hook mounts the driver's library with the card, like libcuda.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +32,7 @@ GIB = 1 << 30
 MIB_PER_GIB = 1024
 POLL = 0.1
 
-# The flags of `vllm serve` that people use; a real server refuses unknown ones too.
+# The common flags of `vllm serve`, which refuses unknown ones, too.
 SWITCHES = """
     async-scheduling calculate-kv-scales disable-fastapi-docs disable-frontend-multiprocessing
     disable-hybrid-kv-cache-manager disable-log-requests disable-log-stats disable-sliding-window
@@ -109,16 +110,16 @@ class Log:
     """Writes lines as vLLM's processes do."""
 
     def __init__(self, process: str) -> None:
-        """Write for a process of that name."""
+        """Write lines of a process with that name."""
         self.prefix = f"({process} pid={os.getpid()})"
 
     def raw(self, text: str) -> None:
-        """Write a line that has no level."""
+        """Write lines without a level."""
         for line in text.split("\n"):
             print(self.prefix, line, flush=True)
 
     def at(self, level: str, where: str, text: str) -> None:
-        """Write a line with level, time and place."""
+        """Write lines with level, time and place."""
         for line in text.split("\n"):
             self.raw(f"{level} {time.strftime('%m-%d %H:%M:%S')} [{where}] {line}")
 
@@ -127,7 +128,7 @@ class Log:
         self.at("INFO", where, text)
 
     def die(self, error: str, at: str = "") -> NoReturn:
-        """End as a Python program does that met an error."""
+        """End as a Python program does with an error."""
         self.raw("Traceback (most recent call last):")
         self.raw(f'  File "/usr/local/bin/vllm", line 10, in <module>{at}\n    sys.exit(main())')
         self.raw(error)
@@ -135,8 +136,8 @@ class Log:
         os._exit(1)
 
 
-def driver() -> Any:  # noqa: ANN401  (a module that need not be there)
-    """Return the driver's library, or None where the container was given no card."""
+def driver() -> Any:  # noqa: ANN401 - a module, or none
+    """Return the driver's library, or None in a container without a card."""
     sys.path.insert(0, "/usr/local/lib/simulated-gpu")
     try:
         return importlib.import_module("simulated_gpu")
@@ -145,13 +146,13 @@ def driver() -> Any:  # noqa: ANN401  (a module that need not be there)
 
 
 def fault(name: str) -> str:
-    """Return how the server was told to misbehave just now."""
+    """Return how the server misbehaves just now."""
     gpu = driver()
     return str(gpu.fault(name)) if gpu else ""
 
 
-def talk(log: Log) -> None:
-    """Write what a plugin or a user's code may write into the log."""
+def log_as_a_plugin(log: Log) -> None:
+    """Log what a plugin or a user's code might."""
     if fault("log_secret"):
         log.note("plugin.py:7", f"environment: VLLM_API_KEY={os.environ.get('VLLM_API_KEY', '')}")
     if fault("log_escape"):
@@ -159,7 +160,7 @@ def talk(log: Log) -> None:
 
 
 def set_title(title: str, comm: str) -> None:
-    """Call this process `title` from now on, as vLLM does with setproctitle."""
+    """Change this process's title, as vLLM does with setproctitle."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
     text = title.encode()[: end - start - 1]
@@ -169,7 +170,7 @@ def set_title(title: str, comm: str) -> None:
 
 
 def check_model(log: Log, model: str) -> None:
-    """Fail for a model that isn't there. No hub is asked: any name is taken for one of its."""
+    """Fail if the model doesn't exist; any name counts as one of the hub, which is not asked."""
     if model.startswith("/"):
         if not Path(model).exists():
             log.die(
@@ -187,7 +188,7 @@ def check_model(log: Log, model: str) -> None:
 
 
 def find_device(log: Log) -> None:
-    """Fail as vLLM does where it sees no card."""
+    """Fail as vLLM does without a card."""
     gpu = driver()
     try:
         if gpu and not gpu.fault("driver") and gpu.visible_cards():
@@ -205,17 +206,17 @@ def find_device(log: Log) -> None:
 
 
 class Engine:
-    """The child that does the GPU work."""
+    """The child process that does the GPU work."""
 
     def __init__(self, options: argparse.Namespace, model: str, parent: int, ready: int) -> None:
-        """Become the engine process; `ready` is where it reports."""
+        """Become the engine process, which reports to the file `ready`."""
         set_title("VLLM::EngineCore", "VLLM::EngineCor")
         self.log = Log("EngineCore")
         self.options, self.model, self.parent, self.ready = options, model, parent, ready
         self.held: list[int] = []
 
     def fail(self, where: str, call: str, error: str) -> NoReturn:
-        """Report an error of the start the way the engine does, twice."""
+        """Report an error of the start as the engine process does, twice."""
         trace = f'  File "/usr/local/lib/python3.12/dist-packages/vllm/v1/worker/{where}\n    {call}'
         self.log.at("ERROR", "core.py:1231", "EngineCore failed to start.")
         self.log.at("ERROR", "core.py:1231", f"Traceback (most recent call last):\n{trace}\n{error}")
@@ -223,7 +224,7 @@ class Engine:
         os._exit(1)
 
     def take_memory(self) -> None:
-        """Open a context on every card in sight and fill the first one as far as it may."""
+        """Open a context on every visible card and take memory of the first one."""
         gpu = driver()
         first, *others = gpu.visible_cards()
         total = first.usable_mib
@@ -268,14 +269,14 @@ class Engine:
                 )
 
     def live(self) -> None:
-        """Wait out a slow start, report ready, and end with the server or when told to."""
+        """Load, report ready, and run until the server ends or a fault comes."""
         delay = float(fault("start_delay") or 0)
         for part in range(5):
             self.log.raw(
                 f"Loading safetensors checkpoint shards: {part * 25:>3}% Completed | {part}/4 "
                 f"[00:{int(delay * part / 4):02}<00:00,  3.20it/s]"
             )
-            talk(self.log)  # the last line while it loads
+            log_as_a_plugin(self.log)  # the last line while it loads
             if part < 4:
                 self.pause(0.1 + delay / 4)
         self.log.note("default_loader.py:430", f"Loading weights took {0.4 + delay:.2f} seconds")
@@ -291,7 +292,7 @@ class Engine:
                 os._exit(1)
 
     def pause(self, seconds: float) -> None:
-        """Sleep, but no longer than the server lives."""
+        """Sleep, or end with the server."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if os.getppid() != self.parent:
@@ -299,8 +300,8 @@ class Engine:
             time.sleep(min(left, POLL))
 
     def run(self) -> NoReturn:
-        """Do all that the engine process does."""
-        # A quick end frees the card's memory at once.
+        """Run the engine process."""
+        # So that its end frees the card's memory at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.log.note(
@@ -313,10 +314,10 @@ class Engine:
 
 
 class Server:
-    """The API server, which is the container's program."""
+    """The API server, the container's main process."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Serve as the command line says."""
+        """Serve with these options."""
         self.options = options
         self.log = Log("APIServer")
         self.model = str(options.model_tag or options.model)
@@ -327,7 +328,7 @@ class Server:
         self.dead = False
 
     def stop(self, *_: object) -> NoReturn:
-        """End quickly and cleanly, with all children."""
+        """End at once, with all children."""
         for pid in self.children:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -337,16 +338,16 @@ class Server:
         os._exit(0)
 
     def banner(self) -> None:
-        """Say what is being started, as vLLM does; never with the keys."""
+        """Log what starts, as vLLM does, without the keys."""
         changed = {
             key: value for key, value in vars(self.options).items() if value is not None and key != "api_key"
         }
         self.log.note("api_utils.py:339", f"vLLM API server version {VERSION}, model {self.model}")
         self.log.note("api_utils.py:273", f"non-default args: {changed}")
-        talk(self.log)
+        log_as_a_plugin(self.log)
 
     def start_engine(self) -> int:
-        """Start the children; return what becomes readable once the engine is ready or dead."""
+        """Start the children; return a file that is readable once the engine process is ready or dead."""
         tracker = os.fork()
         if tracker == 0:
             set_title("python3 -c from multiprocessing.resource_tracker import main;main(42)", "python3")
@@ -367,13 +368,13 @@ class Server:
         return ready
 
     def run(self) -> NoReturn:
-        """Serve until told to stop or until the engine dies."""
+        """Serve until a signal, or until the engine process dies."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         self.banner()
         check_model(self.log, self.model)
         find_device(self.log)
-        # Taken before the model is loaded, but nobody is answered until it is.
+        # Bound before the model is loaded, but not answered until then.
         listener = socket.socket(socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         address = (self.options.host or "", self.options.port or 8000)
@@ -406,7 +407,7 @@ class Server:
         self.watch()
 
     def watch(self) -> NoReturn:
-        """Wait for the end."""
+        """Wait until the engine process ends."""
         started = time.monotonic()
         while os.waitpid(self.children[0], os.WNOHANG)[0] == 0:
             after = fault("crash_after")
@@ -420,13 +421,13 @@ class Server:
             "core_client.py:610",
             "Engine core proc EngineCore died unexpectedly, shutting down client.",
         )
-        time.sleep(1)  # long enough for a health check to see the 503
+        time.sleep(1)  # so that a health check can see the 503
         self.log.raw("INFO:     Shutting down\nINFO:     Application shutdown complete.")
         self.children.pop(0)
         self.stop()
 
     def served(self) -> list[str]:
-        """Return the names that the models are served under."""
+        """Return the names of the served models."""
         other = fault("serve_as")
         return [other] if other else self.names
 
@@ -443,25 +444,18 @@ class Server:
         }
         return {"object": "list", "data": [{"id": name, **fields} for name in self.served()]}
 
-    def complete(self, request: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-        """Return the answer of /v1/completions or /v1/chat/completions."""
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer of /v1/completions."""
         count = int(request.get("max_tokens") or 16)
-        text = "@" * count
-        answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        prompt = len(str(request.get("messages" if chat else "prompt", "")).split())
+        prompt = len(str(request.get("prompt", "")).split())
         return {
-            "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(8),
-            "object": "chat.completion" if chat else "text_completion",
+            "id": "cmpl-" + secrets.token_hex(8),
+            "object": "text_completion",
             "created": int(time.time()),
             "model": request["model"],
-            "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", **answer}],
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "length", "text": "@" * count}],
             "usage": {"prompt_tokens": prompt, "total_tokens": prompt + count, "completion_tokens": count},
         }
-
-
-def error(message: str, kind: str, param: str | None, code: int) -> dict[str, Any]:
-    """Return an error in vLLM's form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -483,7 +477,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def allowed(self) -> bool:
-        """Whether the caller may do this without or with the key that it sent."""
+        """Whether the path needs no key, or the right one was sent."""
         guarded = self.path.startswith(("/v1", "/v2", "/inference"))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         return (
@@ -492,19 +486,14 @@ class Handler(BaseHTTPRequestHandler):
             or any(hmac.compare_digest(token.encode(), key.encode()) for key in self.api.keys)
         )
 
-    def never_end(self, how: str) -> None:
-        """Answer until the caller hangs up."""
+    def drip(self) -> None:
+        """Answer a byte at a time until the caller hangs up."""
         self.close_connection = True
-        piece, pause = (b" " * 65536, 0) if how == "flood" else (b" ", 3)
-        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-        if how == "drip_headers":
-            self.wfile.write(b"X-Slow: ")
-        else:
-            self.wfile.write(b"Content-Type: application/json\r\nConnection: close\r\n\r\n")
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n")
         with contextlib.suppress(OSError):
             while True:
-                self.wfile.write(piece)
-                time.sleep(pause)
+                self.wfile.write(b" ")
+                time.sleep(3)
 
     def do_GET(self) -> None:
         """Answer a GET."""
@@ -512,7 +501,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
         elif path.startswith("/v1/") and fault("api"):
-            self.never_end(fault("api"))
+            self.drip()
         elif path in ("/health", "/ping"):
             self.reply(503 if self.api.dead or fault("health") == "503" else 200)
         elif path == "/v1/models":
@@ -524,49 +513,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a POST."""
-        path = self.path.partition("?")[0]
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
-            return
-        if path.startswith("/v1/") and fault("api"):
-            self.never_end(fault("api"))
-            return
-        if path == "/ping":
-            self.do_GET()
-            return
-        if path not in ("/v1/completions", "/v1/chat/completions"):
+        elif self.path.partition("?")[0] != "/v1/completions":
             self.reply(404, {"detail": "Not Found"})
-            return
-        try:
-            request = json.loads(data)
-            model = request.setdefault("model", self.api.served()[0])
-        except (ValueError, AttributeError):
-            self.reply(400, error("the body is not a JSON object", "Bad Request", None, 400))
-            return
-        if self.api.dead:
-            self.reply(
-                500,
-                error(
-                    "EngineCore encountered an issue. See stack trace (above) for the root cause.",
-                    "InternalServerError",
-                    None,
-                    500,
-                ),
-            )
-        elif model not in self.api.served():
-            self.reply(404, error(f"The model `{model}` does not exist.", "NotFoundError", "model", 404))
+        elif self.api.dead:
+            self.reply(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
         else:
-            self.reply(200, self.api.complete(request, chat="chat" in path))
+            request = {"model": self.api.served()[0], **json.loads(data)}
+            if request["model"] in self.api.served():
+                self.reply(200, self.api.complete(request))
+            else:
+                message = f"The model `{request['model']}` does not exist."
+                self.reply(404, {"error": {"message": message, "type": "NotFoundError", "code": 404}})
 
     def log_request(self, code: object = "-", _size: object = "-") -> None:
         """Write the line of an access log."""
-        status = {
-            200: "200 OK",
-            401: "401 Unauthorized",
-            404: "404 Not Found",
-            503: "503 Service Unavailable",
-        }.get(int(str(code)), str(code))
+        status = f"{code} {HTTPStatus(int(str(code))).phrase}"
         host, port = self.client_address[:2]
         self.api.log.raw(f'INFO:     {host}:{port} - "{self.requestline}" {status}')
 
