@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Real vLLM for a simulated GPU host: the CPU build in an image of its own, and a tiny model.
 
-  real_vllm.py NAME    put both into the host NAME: the image as vllm/vllm-openai-cpu
+  real_vllm.py NAME    load both into the host NAME: the image as vllm/vllm-openai-cpu
                        (IMAGE below), the model as /srv/models/tiny
 
-What the CPU build doesn't do is take memory of a card; simulated_card.py in the image
-takes it for it. Needs /usr/bin/python3 to be Python 3.11, and a pip that finds the CPU
-build of PyTorch (a local version of the pinned one) in one of its indexes.
+The CPU build takes no memory of a card; simulated_card.py in the image does that.
+/usr/bin/python3 must be Python 3.11, and pip must find the CPU build of PyTorch (a
+local version of the pinned one) in one of its indexes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = Path("usr/local/lib/python3.11/dist-packages")
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
-    # No card's memory bounds the CPU build's cache: 1 GiB is plenty for a tiny model.
+    # GiB; plenty for a tiny model.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Compiling needs a C++ compiler, which would double the image.
     "TORCHDYNAMO_DISABLE": "1",
@@ -43,7 +43,7 @@ ENVIRONMENT = {
 COMMAND = """#!/usr/bin/python3
 import sys
 from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":  # the engine is spawned, and imports this again
+if __name__ == "__main__":  # the engine process imports this again
     sys.exit(main())
 """
 MODEL = """
@@ -68,7 +68,7 @@ words.save_pretrained(sys.argv[1])
 
 
 def check_python() -> None:
-    """Refuse a machine whose Python the locked packages aren't for."""
+    """Refuse a machine with another Python than the locked packages need."""
     words = ["/usr/bin/python3", "-c", "import sys; print('.'.join(map(str, sys.version_info[:2])))"]
     version = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     if f"python{version}" not in PACKAGES.parts:
@@ -76,7 +76,7 @@ def check_python() -> None:
 
 
 def file_system() -> Path:
-    """Return the image's file system; made where it isn't there yet."""
+    """Return the image's file system; make it if it doesn't exist yet."""
     check_python()
     recipe = hashlib.sha256(Path(__file__).read_bytes() + LOCK.read_bytes()).hexdigest()[:12]
     root = KEPT / recipe
@@ -99,12 +99,11 @@ def file_system() -> Path:
         )  # fmt: skip
         if done.returncode:
             raise HostError(
-                f"vLLM's CPU build could not be installed:\n{done.stderr.strip()}\nWhere torch is what is missing, "
-                "let pip know PyTorch's own index of CPU builds: PIP_EXTRA_INDEX_URL=..."
+                f"vLLM's CPU build could not be installed:\n{done.stderr.strip()}\nIf torch is missing, give pip "
+                "PyTorch's index of CPU builds: PIP_EXTRA_INDEX_URL=..."
             )
     for name in ("vllm", "simulated_card"):
-        # vLLM looks up the version of a distribution of this name, and knows by it that it was built for CPUs;
-        # the second one is a plugin of vLLM.
+        # vLLM reads its version, and that it was built for CPUs, from the distribution `vllm`; the second is its plugin.
         information = packages / f"{name}-{VERSION}.dist-info"
         information.mkdir()
         text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {VERSION}+cpu\n"
@@ -132,7 +131,7 @@ def file_system() -> Path:
 
 
 def add_libraries(root: Path) -> None:
-    """Copy what the packages need of the machine and don't bring: a command, and shared libraries."""
+    """Copy what the packages need and don't contain: a command, and shared libraries."""
     lscpu = Path("/usr/bin/lscpu")
     for path in libraries([lscpu, *sorted((root / PACKAGES).rglob("*.so*"))]) | {lscpu}:
         target = root / str(path.parent.resolve() / path.name).strip("/")
@@ -142,7 +141,7 @@ def add_libraries(root: Path) -> None:
 
 
 def load(host: Host) -> None:
-    """Put the image and the model into a running host."""
+    """Load the image and the model into a running host."""
     root = file_system()
     inside = [*docker_command(), "exec", "--interactive", host.container]
     changes = [f"ENV {key}={value}" for key, value in ENVIRONMENT.items()]
@@ -157,7 +156,7 @@ def load(host: Host) -> None:
 
 
 def pipe(source: list[str | Path], target: list[str]) -> None:
-    """Run two commands, the one's output being the other's input."""
+    """Pipe the output of one command into another."""
     with subprocess.Popen(source, stdout=subprocess.PIPE) as first:
         done = subprocess.run(target, stdin=first.stdout, capture_output=True, text=True, check=False)
     if first.returncode or done.returncode:

@@ -1,8 +1,7 @@
-"""A plugin of vLLM: lets its CPU build take memory of a simulated card, as a CUDA build does of a real one.
+"""A plugin of vLLM: its CPU build takes memory of a simulated card, as a CUDA build does of a real one.
 
-In the process that does the model's work, before the model is loaded, on the first
-card that the container was given; without a card the server doesn't start. Nothing
-else of vLLM is changed.
+The worker process takes it before it loads the model, on the first card of the
+container; without a card the server doesn't start. Nothing else of vLLM changes.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 GIB = 1024  # MiB
 
 
-def take(utilization: float) -> int:
-    """Take that share of the card's memory; return the file that holds it, which must stay open."""
-    # Comes with the card, from the runtime's hook, as libcuda does.
+def take_memory(utilization: float) -> int:
+    """Take that share of the card's memory, as long as the returned file is open."""
+    # The runtime's hook mounts it with the card, like libcuda.
     sys.path.insert(0, "/usr/local/lib/simulated-gpu")
     try:
         gpu: Any = importlib.import_module("simulated_gpu")
@@ -38,7 +37,7 @@ def take(utilization: float) -> int:
 
 
 def register() -> None:
-    """Let each worker take its memory first; called by vLLM in each of its processes, perhaps twice."""
+    """Let each worker take its memory first; vLLM calls this in each process, perhaps twice."""
     worker: Any = importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
     plain = worker.init_device
     if hasattr(plain, "__wrapped__"):
@@ -46,7 +45,7 @@ def register() -> None:
 
     @functools.wraps(plain)
     def init_device(self: Any) -> None:  # noqa: ANN401
-        self.simulated_card = take(self.cache_config.gpu_memory_utilization)
+        self.simulated_card = take_memory(self.cache_config.gpu_memory_utilization)
         plain(self)
 
     worker.init_device = init_device
