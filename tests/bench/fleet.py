@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Measure roll-outs over light hosts (tests/light_fleet); print Markdown tables.
+"""Measure rollouts over light hosts (tests/light_fleet); print Markdown tables.
 
-For each size, from servers that are proven on GPU 0: scripts/rollout moves every
-server to GPU 1, and once more, which changes nothing. After each run the hosts
-themselves are asked where their servers are. docs/fleet-scale.md explains the
-columns.
+For each size, from servers that are proven on GPU 0, scripts/rollout moves every
+server to GPU 1; a second run changes nothing. After each run the servers' cards are
+read from the hosts. docs/fleet-scale.md explains the columns.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from machine import ROOT, HostError
 
 from tests.bench.tables import machine, print_row
 from tests.light_fleet.cards import read_json
-from tests.light_fleet.fleet import FIRST_PORT, Fleet
+from tests.light_fleet.fleet import Fleet
 from tests.light_fleet.host import Host
 
 HERE = ROOT / ".cache/bench-fleet"
@@ -47,25 +46,17 @@ BIN = ROOT / ".venv/bin"
 DIRECTORY = "/opt/vllm-gpu"
 TICKS = os.sysconf("SC_CLK_TCK")
 COLUMNS = (
-    "play",
-    "wall",
-    "s a host",
-    "controller s a host",
-    "hosts' s a host",
-    "memory MiB",
-    "its largest process",
-    "events",
-    "events a s",
-    "others %",
-)
+    "play", "wall", "s a host", "controller s a host", "hosts' s a host", "memory MiB", "its largest process",
+    "events", "events a s", "others %",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do it: with the settings of ansible.cfg, but for what is named here."""
+    """One way to run a rollout, and how it differs from ansible.cfg."""
 
     name: str
-    playbook: str = ""  # by ansible-playbook; without one it is scripts/rollout
+    playbook: str = ""  # run by ansible-playbook; without one scripts/rollout runs
     environment: dict[str, str] = field(default_factory=dict)
     delay: int = 0  # seconds that a server loads
 
@@ -86,7 +77,7 @@ WAYS = (
 
 
 class Figures(NamedTuple):
-    """What one run cost; seconds and MiB."""
+    """The cost of one run; seconds and MiB."""
 
     wall: float
     controller: float
@@ -97,39 +88,27 @@ class Figures(NamedTuple):
     others: float
 
     def row(self, count: int, play: str) -> list[str]:
-        """Return a line of the table, for so many hosts."""
+        """Return the cells of the table's row for so many hosts."""
         per = [f"{value / count:.2f}" for value in (self.wall, self.controller, self.hosts)]
         events = [f"{self.events:.0f}", f"{self.events / self.wall:.0f}"] if self.events else ["-", "-"]
-        return [
-            play,
-            f"{self.wall:.1f}",
-            *per,
-            f"{self.memory:.0f}",
-            f"{self.largest:.0f}",
-            *events,
-            f"{self.others:.0f}",
-        ]
-
-
-# --- running a play -----------------------------------------------------------
+        memory = [f"{value:.0f}" for value in (self.memory, self.largest)]
+        return [play, f"{self.wall:.1f}", *per, *memory, *events, f"{self.others:.0f}"]
 
 
 def play(way: Way, gpu: int) -> dict[str, Any]:
-    """Run it in this process; return how many events there were, and each host's outcome.
+    """Run it in this process; return the number of events, and each host's outcome.
 
-    Only main() calls this for a measurement, in a child.
+    A measurement runs this in a child process.
     """
     os.environ.update(way.environment)
     inventory = str(HERE / "hosts.yml")
     if way.playbook:
         words = ["ansible-playbook", "-i", inventory, "-e", f"gpu_device_id={gpu}", way.playbook]
         done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, check=False, text=True)
-        recap = re.findall(
-            r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", done.stdout, re.MULTILINE
-        )
+        line = r"(?m)^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)"
         outcomes = {
             name: "failed" if int(lost) or int(failed) else "changed" if int(changed) else "already_right"
-            for name, changed, lost, failed in recap
+            for name, changed, lost, failed in re.findall(line, done.stdout)
         }
         return {"events": 0, "outcomes": outcomes}
     sys.path.insert(0, str(ROOT / "scripts"))
@@ -152,7 +131,7 @@ def play(way: Way, gpu: int) -> dict[str, Any]:
 
 
 def tree(root: int) -> Iterator[int]:
-    """Yield the processes of the controller: those below `root` that are on no light host."""
+    """Yield the controller's processes: those below `root`, without those of light hosts."""
     mine = Path("/proc/self/ns/mnt").readlink()
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -170,7 +149,7 @@ def tree(root: int) -> Iterator[int]:
 
 
 def memory(root: int) -> tuple[float, float]:
-    """Return the MiB of the controller and of its largest process; what processes share is counted once."""
+    """Return the MiB of the controller and of its largest process; shared pages count once."""
     kib, largest = 0, 0
     for pid in tree(root):
         with contextlib.suppress(OSError):
@@ -182,21 +161,20 @@ def memory(root: int) -> tuple[float, float]:
 
 
 def busy() -> float:
-    """Return the processor time that this whole machine has spent; seconds."""
+    """Return the processor time of this whole machine; seconds."""
     user, nice, system, _idle, _wait, *rest = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     return sum(map(int, (user, nice, system, *rest))) / TICKS
 
 
 class Bench:
-    """The light hosts, and what is measured on them."""
+    """The light hosts, and measurements on them."""
 
     def __init__(self, fleet: Fleet) -> None:
-        """Measure on this fleet."""
         self.fleet = fleet
         self.gpu = 0
 
     def hosts_seconds(self) -> tuple[float, float]:
-        """Return the processor time that hosts have used: in plays, and in what plays their engines."""
+        """Return the processor time of the hosts, in plays and in their engine."""
         hosts = 0.0
         for name in self.fleet.names:
             used = (self.fleet.path(name) / "cpu").read_text()
@@ -205,63 +183,61 @@ class Bench:
         return hosts, sum(map(int, fields[11:15])) / TICKS
 
     def measure(self, way: Way, gpu: int) -> Figures:
-        """Run the play, and check that it did what was asked for."""
+        """Run the play, and check its result."""
         hosts, engine = self.hosts_seconds()
         changes = gpu != self.gpu
         for name in self.fleet.names:
-            self.fleet.fault(name, {"start_delay": str(way.delay)}, clear=True)
+            self.fleet.fault(name, {"start_delay": str(way.delay or "")})
         started, before, peak = time.monotonic(), busy(), (0.0, 0.0)
         order = json.dumps([vars(way), gpu])
         with (HERE / "result.json").open("w+") as result, (HERE / "log").open("w") as log:
             words = [sys.executable, __file__, "--play", order]
-            # In a session of its own: two signals at once, from a terminal and from here, lock the runner up.
+            # In its own session: two signals at once, from a terminal and from here, block the runner.
             process = subprocess.Popen(words, cwd=ROOT, stdout=result, stderr=log, start_new_session=True)
             try:
                 while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-                    looked = time.monotonic()
+                    sampled = time.monotonic()
                     now = memory(process.pid)
                     peak = max(peak[0], now[0]), max(peak[1], now[1])
-                    # A look may cost up to a twentieth of a processor.
-                    time.sleep(max(0.2, 20 * (time.monotonic() - looked)))
+                    # Reading may take up to a twentieth of a processor.
+                    time.sleep(max(0.2, 20 * (time.monotonic() - sampled)))
             except BaseException:
-                # The runner takes ansible-playbook along.
+                # The runner ends ansible-playbook, too.
                 process.terminate()
                 process.wait()
                 raise
             wall, spent = time.monotonic() - started, busy() - before
             result.seek(0)
-            said = json.loads(result.read() or '{"events": 0, "outcomes": {}}')
+            outcome = json.loads(result.read() or '{"events": 0, "outcomes": {}}')
         used: resource.struct_rusage = ended[2]
         self.gpu = gpu
-        self.check(said["outcomes"], changes=changes)
+        self.check(outcome["outcomes"], changes=changes)
         hosts_now, engine_now = self.hosts_seconds()
         hosts, engine = hosts_now - hosts, engine_now - engine
         controller = used.ru_utime + used.ru_stime - hosts
         others = max(0, spent - controller - hosts - engine) / wall / (os.cpu_count() or 1)
-        return Figures(wall, controller, hosts + engine, *peak, said["events"], 100 * others)
+        return Figures(wall, controller, hosts + engine, *peak, outcome["events"], 100 * others)
 
     def check(self, outcomes: dict[str, str], *, changes: bool) -> None:
-        """Stop where it didn't do what was to be measured."""
+        """Stop if the run didn't do what is measured."""
         names = self.fleet.names
         if outcomes != dict.fromkeys(names, "changed" if changes else "already_right"):
             counted = dict(Counter(outcomes.values()))
-            sys.exit(f"this is not what was to be measured: {counted}\n{(HERE / 'log').read_text()}")
+            sys.exit(f"these are not the expected outcomes: {counted}\n{(HERE / 'log').read_text()}")
         for name in names:
             used = [bool(card["used_mib"]) for card in self.fleet.state(name)["cards"]]
             if used.index(True) != self.gpu or used.count(True) != 1:
                 sys.exit(f"{name} isn't on GPU {self.gpu} only: {used}")
 
-    # --- a fleet that serves already ------------------------------------------
-
     def prepare(self, count: int) -> None:
         """Make so many hosts, each with a server that is proven on GPU 0.
 
-        The role itself sets up the first one; the others get what it left
-        there, with their own port and card, and start it by Compose.
+        The role sets up the first one. The others get a copy of its files, with
+        their own port and card, and start the server by Compose.
         """
         self.fleet.down()
         with self.fleet.locked():
-            self.fleet.up(count, ROOT / "molecule/simulated_host/cards.json", FIRST_PORT)
+            self.fleet.up(count)
         first, *others = self.fleet.names
         (HERE / "hosts.yml").write_text(self.fleet.inventory([first]))
         done = play(Way("", SERVE), 0)
@@ -273,7 +249,7 @@ class Bench:
         self.gpu = 0
 
     def copy(self, first: str, name: str) -> None:
-        """Give a host what another one has."""
+        """Copy one host's server to another."""
         source, target = self.fleet.path(first), self.fleet.path(name)
         shutil.copytree(source / "opt", target / "opt", symlinks=True, dirs_exist_ok=True)
         kept = target / f"opt/vllm-gpu/.proven/{(target / 'opt/vllm-gpu/.proven/current').readlink()}"
@@ -293,10 +269,8 @@ class Bench:
                 text = text.replace(before, after)
             path.write_text(text)
 
-    # --- the tables -----------------------------------------------------------
-
     def sizes(self, sizes: list[int]) -> None:
-        """Measure each size once: with many hosts, one run says what it costs a host."""
+        """Measure each size once."""
         print_row("hosts", *COLUMNS)
         print_row(*["--:"] * (len(COLUMNS) + 1))
         for count in sizes:
@@ -306,7 +280,7 @@ class Bench:
                 print_row(str(count), *figures.row(count, what))
 
     def ways(self, count: int, repeats: int) -> None:
-        """Measure each way at one size; medians, all ways in turn."""
+        """Measure each way at one size, in turn; print medians."""
         self.prepare(count)
         found: dict[tuple[str, str], list[Figures]] = {}
         for _ in range(repeats):
@@ -323,12 +297,12 @@ class Bench:
 
 
 def main() -> None:
-    """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sizes", default="1 10 100 1000", help="numbers of hosts")
-    parser.add_argument("--middle", type=int, default=12, help="the size for the choices; 0: leave them out")
+    parser.add_argument(
+        "--middle", type=int, default=12, help="number of hosts for the choices; 0 leaves them out"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each choice")
     parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -336,7 +310,7 @@ def main() -> None:
         way, gpu = json.loads(options.play)
         print(json.dumps(play(Way(**way), gpu)))
         return
-    # The plays of a person at a shell, whatever runs this.
+    # Without the Ansible settings of this shell.
     for key in [key for key in os.environ if key.startswith("ANSIBLE_")]:
         del os.environ[key]
     os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
@@ -344,7 +318,7 @@ def main() -> None:
     HERE.mkdir(parents=True, exist_ok=True)
     first = {"hosts": "vllm_gpu", "gather_facts": True}
     FACTS.write_text(json.dumps([first, {"ansible.builtin.import_playbook": str(ROOT / ROLLOUT)}]))
-    # Its own fleet: whatever else there is stays as it is.
+    # Its own fleet: others stay as they are.
     fleet = Fleet(HERE / "fleet")
     bench = Bench(fleet)
     try:

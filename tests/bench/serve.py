@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Measure what a person waits for, beside what they would use instead; print a Markdown table.
+"""Measure how long a person waits, compared with the alternatives; print a Markdown table.
 
 On two simulated GPU hosts, reached by SSH: `bench` is served by the role with its
-defaults, `bench-plain` by tests/bench/plain.yml. The things that are compared take
-turns, so that whatever else the machine does meets all of them; the figures are
-medians of the rounds.
+defaults, `bench-plain` by tests/bench/plain.yml. The alternatives take turns, so that
+other load on the machine affects all of them; the figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.gpu_host import DIRECTORY, ROOT, GpuHost, started
 
 BIN = Path(sys.executable).parent
 
-# Says when /health began or ceased to answer, in seconds of the host's clock.
+# Prints when /health starts or stops to answer, in seconds of the host's clock.
 WATCH = """
 import time, urllib.request
 was = None
@@ -41,8 +40,8 @@ while True:
         was = now
     time.sleep(0.01)
 """
-# Each in turn, ROUNDS times; prints the seconds of both. The time that a program
-# takes is the host's own: no SSH is in it.
+# Each in turn, ROUNDS times; prints the microseconds of both, measured on the host and
+# so without SSH.
 REFEREE = r"""
 took() { local from=$EPOCHREALTIME; "$@" >/dev/null; printf '%s ' $((${EPOCHREALTIME/./} - ${from/./})); }
 floor() { nvidia-smi --query-gpu=index,uuid --format=csv,noheader; docker inspect vllm-server; }
@@ -51,34 +50,34 @@ for ((n = 0; n < $1; n++)); do took floor; took "$2/check_gpu_allocation.sh"; ec
 
 
 def seconds(words: Sequence[str | Path], host: GpuHost | None = None, cwd: Path = ROOT) -> float:
-    """Run a command, which must succeed, and return its wall time in seconds."""
+    """Run a command, which must succeed; return its wall time in seconds."""
     environment = host.environment if host else {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    begun = time.monotonic()
+    started_at = time.monotonic()
     done = subprocess.run(
         list(words), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )  # fmt: skip
-    took = time.monotonic() - begun
+    took = time.monotonic() - started_at
     if done.returncode:
         sys.exit(f"{' '.join(map(str, words))} failed:\n{done.stdout}")
     return took
 
 
 def row(what: str, ours: Sequence[float], against: str, theirs: Sequence[float], goal: str) -> None:
-    """Print a line of the table: medians, and the median of the rounds' ratios."""
-    ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+    """Print a row of the table: medians, and the median of the rounds' ratios."""
+    ratio = statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
     print_row(
         what, f"{statistics.median(ours):.2f} s", against, f"{statistics.median(theirs):.2f} s", f"{ratio:.2f}", goal
     )  # fmt: skip
 
 
 def nothing_to_change(ours: GpuHost, plain: GpuHost, rounds: int) -> None:
-    """A serve that changes nothing, beside a ping and a plain role."""
+    """A serve that changes nothing, compared with a ping and a plain role."""
     times: dict[str, list[float]] = {"ping": [], "serve": [], "plain": []}
     for _ in range(rounds + 1):
         times["ping"].append(seconds(["ansible", "vllm_gpu", "-m", "ping"], ours))
         times["serve"].append(seconds(["ansible-playbook", "serve.yml", "-e", "gpu_device_id=0"], ours))
         times["plain"].append(seconds(["ansible-playbook", "tests/bench/plain.yml"], plain))
-    # The first round finds cold caches.
+    # The first round has cold caches.
     ping, serve, role = (values[1:] for values in times.values())
     row("serve that changes nothing", serve, "ansible -m ping", ping, "≤ 2")
     row("serve that changes nothing", serve, "plain role of five tasks", role, "< 1")
@@ -87,7 +86,7 @@ def nothing_to_change(ours: GpuHost, plain: GpuHost, rounds: int) -> None:
 
 @contextlib.contextmanager
 def watched(host: GpuHost) -> Iterator[list[tuple[bool, float]]]:
-    """Note when the host's API answers and when not, for the time of a `with`."""
+    """Record when the host's API starts and stops to answer, during the `with`."""
     seen: list[tuple[bool, float]] = []
     words = ["ssh", "-F", host.ssh_config, host.alias, "python3", "-u", "-"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -96,10 +95,10 @@ def watched(host: GpuHost) -> Iterator[list[tuple[bool, float]]]:
         process.stdin.write(WATCH)
         process.stdin.close()
         try:
-            # Only once it watches does anything begin.
+            # Start only once it watches.
             lines = [process.stdout.readline()]
             yield seen
-            # A change by hand doesn't wait for the server.
+            # Compose doesn't wait until the server is ready.
             while lines[-1][0] == "0" or len(lines) == 1:
                 lines.append(process.stdout.readline())
         finally:
@@ -109,41 +108,43 @@ def watched(host: GpuHost) -> Iterator[list[tuple[bool, float]]]:
 
 
 def without_api(host: GpuHost, words: Sequence[str | Path]) -> tuple[float, float]:
-    """Run a change of cards; return the seconds without a healthy API, and those from the container's start on."""
+    """Change the card; return the seconds without a healthy API, and those since the container's start."""
     with watched(host) as seen:
         seconds(words, host)
     gone = next(at for up, at in seen if not up)
     back = seen[-1][1]
     form = "docker inspect --format '{{.State.StartedAt}}' vllm-server | xargs -I@ date -d @ +%s.%N"
-    begun = float(host.ssh.check_output(form))
-    return back - gone, back - begun
+    started_at = float(host.ssh.check_output(form))
+    return back - gone, back - started_at
 
 
 def changing_the_card(ours: GpuHost, plain: GpuHost, rounds: int) -> None:
-    """The time without a healthy API, beside `docker compose down && up -d` by hand."""
-    down, start, by_hand = [], [], []
+    """The time without a healthy API, compared with `docker compose down && up -d`."""
+    down, start, compose_down = [], [], []
     for number in range(rounds):
         card = str(1 - number % 2)
-        one, its_start = without_api(ours, ["ansible-playbook", "serve.yml", "-e", f"gpu_device_id={card}"])
-        down.append(one)
+        seconds_down, its_start = without_api(
+            ours, ["ansible-playbook", "serve.yml", "-e", f"gpu_device_id={card}"]
+        )
+        down.append(seconds_down)
         start.append(its_start)
         compose = f"cd {DIRECTORY} && docker compose down && GPU_DEVICE_ID={card} docker compose up -d"
-        by_hand.append(without_api(plain, ["ssh", "-F", str(plain.ssh_config), plain.alias, compose])[0])
-    row("card change: without API", down, "down && up -d", by_hand, "")
+        compose_down.append(without_api(plain, ["ssh", "-F", str(plain.ssh_config), plain.alias, compose])[0])
+    row("card change: without API", down, "down && up -d", compose_down, "")
     row("card change: without API", down, "the server's own start", start, "start + 1 s")
 
 
 def referee(host: GpuHost, rounds: int) -> None:
-    """The referee, beside one nvidia-smi and one docker inspect."""
+    """The referee, compared with one nvidia-smi and one docker inspect."""
     words = ["ssh", "-F", str(host.ssh_config), host.alias, "bash", "-s", str(rounds), DIRECTORY]
-    said = subprocess.run(words, input=REFEREE, capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(int(value) / 1e6 for value in line.split()) for line in said.splitlines()]
+    output = subprocess.run(words, input=REFEREE, capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(int(value) / 1e6 for value in line.split()) for line in output.splitlines()]
     floor, ours = zip(*pairs, strict=True)
     row("check_gpu_allocation.sh", ours, "one nvidia-smi + one docker inspect", floor, "≤ 2")
 
 
 def demo(rounds: int) -> None:
-    """`make demo` from a fresh clone and again, beside its downloads."""
+    """`make demo` from a fresh clone and again, compared with its downloads."""
     fresh, again, downloads = [], [], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -161,10 +162,8 @@ def demo(rounds: int) -> None:
 
 
 def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     parser.add_argument("--no-demo", action="store_true", help="leave out make demo, which takes minutes")
     options = parser.parse_args()

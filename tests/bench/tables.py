@@ -1,4 +1,4 @@
-"""What the benchmarks print."""
+"""The output of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def print_row(*cells: str) -> None:
 
 
 def machine() -> str:
-    """Say what this is measured on."""
+    """Describe the machine and the programs of the measurement."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     total = re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
     ansible = subprocess.run(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gpuhost import fault_settings
-from machine import HERE, ROOT, HostError
+from machine import ROOT, HostError
 
 import tests.light_fleet
 from tests.light_fleet.fleet import FIRST_PORT, Fleet
@@ -16,12 +16,11 @@ from tests.light_fleet.host import FAULTS
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line says."""
     fleet = Fleet(options.fleet)
     match options.verb:
         case "up":
             with fleet.locked():
-                fleet.up(options.count, options.cards, options.first_port)
+                fleet.up(options.count, options.first_port)
         case "down":
             with fleet.locked():
                 fleet.down()
@@ -30,33 +29,28 @@ def run(options: argparse.Namespace) -> None:
         case "fault":
             settings = fault_settings(options.settings, FAULTS)
             for name in fleet.names if options.name == "all" else [options.name]:
-                print(name, json.dumps(fleet.fault(name, settings, clear=options.clear)))
+                print(name, json.dumps(fleet.fault(name, settings)))
         case "state":
             print(json.dumps(fleet.state(options.name), indent=2))
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's description."""
     raw = argparse.RawDescriptionHelpFormatter
     text = tests.light_fleet.__doc__
     top = argparse.ArgumentParser(prog="python3 -m tests.light_fleet", description=text, formatter_class=raw)
     top.add_argument("--fleet", type=Path, default=ROOT / ".cache/light-fleet", metavar="DIRECTORY")
     commands = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    up = commands.add_parser("up", help="make light-0001 to light-N, and start what plays their engines")
+    up = commands.add_parser("up", help="make light-0001 to light-N, and start what simulates Docker Engine")
     up.add_argument("count", type=int, metavar="N")
-    up.add_argument("--cards", type=Path, default=HERE / "cards.json", metavar="FILE")
     up.add_argument("--first-port", type=int, default=FIRST_PORT, metavar="PORT", help="that of light-0001")
     commands.add_parser("down", help="stop it, and remove all hosts")
-    listing = commands.add_parser("inventory", help="print an Ansible inventory of the hosts, as YAML")
+    listing = commands.add_parser("inventory", help="print an Ansible inventory of the hosts in YAML")
     listing.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     keys = "keys:\n" + "\n".join(f"  {key:<12} {text}" for key, text in FAULTS.items())
     fault = commands.add_parser("fault", help="make hosts misbehave", epilog=keys, formatter_class=raw)
     fault.add_argument("name", metavar="NAME", help="or all")
     fault.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="an empty value ends the fault")
-    fault.add_argument("--clear", action="store_true", help="end all other faults")
-    state = commands.add_parser(
-        "state", help="print what a host's engine knows, and what nvidia-smi shows there"
-    )
+    state = commands.add_parser("state", help="print a host's containers, images, cards and faults")
     state.add_argument("name", metavar="NAME")
     return top
 

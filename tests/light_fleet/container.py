@@ -1,4 +1,4 @@
-"""A container of a light host: what it was created from, and what becomes of it in time."""
+"""A container of a light host: what it was created from, and its state over time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-# Above every PID that a kernel gives, so that no fake one is another's.
+# Above every PID of a kernel, so that none is a real process's.
 FIRST_PID = 2**22 + 8
 PROCESSES = ("docker-init", "vllm", "python3", "VLLM::EngineCor")
-# How long a server lives that crashes while it starts; seconds.
+# When a server with the fault `crash` ends; seconds after its start.
 CRASH_AFTER = 0.3
 
 
 class Life(NamedTuple):
-    """What has become of a container until now."""
+    """The state of a container."""
 
     status: str
     restarts: int = 0
@@ -25,18 +25,18 @@ class Life(NamedTuple):
 
 @dataclasses.dataclass
 class Container:
-    """What the engine knows of a container."""
+    """A container as the engine stores it."""
 
     id: str
     name: str
-    number: int  # its processes have PIDs of their own
+    number: int  # decides the PIDs of its processes
     created: float
     body: dict[str, Any]  # what it was created from
     image_id: str
     started: float = 0
     stopped: bool = False
     error: str = ""
-    # What it was given when it was started.
+    # Since its start.
     cards: list[str] = dataclasses.field(default_factory=list)
     names: list[str] = dataclasses.field(default_factory=list)
     crash: str = ""
@@ -44,31 +44,26 @@ class Container:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the host does for it: cards, ports, restarts."""
         return dict(self.body["HostConfig"])
 
     @property
     def restart(self) -> str:
-        """The restart policy."""
         return str((self.settings.get("RestartPolicy") or {}).get("Name") or "no")
 
     @property
     def ports(self) -> list[tuple[str, int]]:
-        """The addresses and ports of this machine that lead to it."""
         bindings = (self.settings.get("PortBindings") or {}).values()
-        return [(one["HostIp"] or "0.0.0.0", int(one["HostPort"])) for each in bindings for one in each]
+        return [(port["HostIp"] or "0.0.0.0", int(port["HostPort"])) for ports in bindings for port in ports]
 
     def environment(self, name: str) -> str:
-        """Return one of its environment variables."""
-        pairs: dict[str, str] = dict(one.partition("=")[::2] for one in self.body.get("Env") or [])
+        pairs: dict[str, str] = dict(pair.partition("=")[::2] for pair in self.body.get("Env") or [])
         return pairs.get(name, "")
 
     def pids(self) -> dict[str, int]:
-        """Return its processes by name, as the host sees them."""
+        """The PIDs of its processes on the host, by name."""
         return {name: FIRST_PID + self.number * 8 + n for n, name in enumerate(PROCESSES)}
 
     def life(self) -> Life:
-        """Return what has become of it until now."""
         if self.error or not self.started:
             return Life("created", exit_code=128 if self.error else 0)
         if self.stopped:
@@ -79,7 +74,7 @@ class Container:
         while now >= begin + CRASH_AFTER:
             if self.restart == "no":
                 return Life("exited", 0, begin, 1)
-            # As the engine does: after 0.1 s, and twice as long each time.
+            # Like Docker: after 0.1 s, and twice as long each time.
             again = begin + CRASH_AFTER + min(0.1 * 2**restarts, 60)
             if now < again:
                 return Life("restarting", restarts, begin, 1)
@@ -87,18 +82,19 @@ class Container:
         return Life("running", restarts, begin)
 
     def loaded(self) -> float:
-        """Return how far the server is: 0 just started, 1 and more answers."""
+        """How far the server has loaded; from 1 on it answers."""
         if self.crash or self.life().status != "running":
             return 0
         return (time.time() - self.started) / self.delay if self.delay else 1
 
     def document(self) -> dict[str, Any]:
-        """Return what `docker inspect` shows of it."""
+        """The output of `docker inspect`."""
         life = self.life()
         running = life.status == "running"
-        config = {key: one for key, one in self.body.items() if key not in ("HostConfig", "NetworkingConfig")}
-        asked = (self.body.get("NetworkingConfig") or {}).get("EndpointsConfig")
-        networks = asked or {self.settings.get("NetworkMode") or "bridge": {}}
+        health = {"Status": "healthy" if self.loaded() >= 1 else "starting"}
+        config = {k: v for k, v in self.body.items() if k not in ("HostConfig", "NetworkingConfig")}
+        endpoints = (self.body.get("NetworkingConfig") or {}).get("EndpointsConfig")
+        networks = endpoints or {self.settings.get("NetworkMode") or "bridge": {}}
         return {
             "Id": self.id,
             "Created": moment(self.created),
@@ -111,22 +107,18 @@ class Container:
                 "ExitCode": life.exit_code,
                 "Error": self.error,
                 "StartedAt": moment(life.started),
-                **(
-                    {"Health": {"Status": "healthy" if self.loaded() >= 1 else "starting"}} if running else {}
-                ),
+                **({"Health": health} if running else {}),
             },
             "Image": self.image_id,
             "RestartCount": life.restarts,
             "HostConfig": self.settings,
             "Config": {**config, "Entrypoint": config.get("Entrypoint") or ["vllm", "serve"]},
-            "NetworkSettings": {
-                "Networks": {name: {**(one or {}), "NetworkID": name} for name, one in networks.items()}
-            },
+            "NetworkSettings": {"Networks": {n: {**(v or {}), "NetworkID": n} for n, v in networks.items()}},
             "Mounts": [],
         }
 
     def log(self) -> list[str]:
-        """Return what the server has written since its last start."""
+        """The server's log since its last start."""
         if self.life().status == "created":
             return []
         pids = self.pids()
@@ -141,7 +133,7 @@ class Container:
 
 
 def moment(when: float) -> str:
-    """Return a time as the engine writes it; 0 is never."""
+    """Return a time as Docker writes it; 0 is never."""
     if not when:
         return "0001-01-01T00:00:00Z"
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

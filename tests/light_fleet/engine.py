@@ -1,7 +1,7 @@
-"""The Docker engines of all light hosts, in one process: the part of the Engine API that docker and Compose use here.
+"""Docker Engine for all light hosts, in one process: the part of its API that docker and Compose use here.
 
-What is answered follows from what was created, the host's cards and its faults, never
-from what a test hopes for; a call that isn't known is refused.
+Answers follow from what was created, the host's cards and its faults; an unknown call
+is refused.
 """
 
 from __future__ import annotations
@@ -27,19 +27,17 @@ VERSION = {"Version": ENGINE, "ApiVersion": "1.41", "MinAPIVersion": "1.12", "Os
 
 
 def passes(filters: str, name: str, labels: dict[str, str]) -> bool:
-    """Whether the --filter options of a list let something of that name and these labels through."""
+    """Whether the --filter options match this name and these labels."""
     wanted: dict[str, Any] = json.loads(filters or "{}")
     if wanted.keys() - {"name", "label", "dangling"}:
         raise NotImplementedError(filters)
     pairs = {*labels, *(f"{key}={value}" for key, value in labels.items())}
     names = wanted.get("name") or []
-    return all(one in pairs for one in wanted.get("label", [])) and (
-        not names or any(re.search(one, name) for one in names)
-    )
+    return pairs >= {*wanted.get("label", [])} and (not names or any(re.search(n, name) for n in names))
 
 
 def frames(text: str) -> bytes:
-    """Return a container's output in the form in which the engine sends both streams through one."""
+    """Return a container's output as a frame of Docker's stream format."""
     data = text.encode()
     return struct.pack(">BxxxL", 1, len(data)) + data
 
@@ -48,48 +46,35 @@ class Engine:
     """One host's engine."""
 
     def __init__(self, host: Host) -> None:
-        """Answer for this host."""
         self.host = host
         self.execs: list[tuple[Container, list[str], int]] = []
 
     async def answer(self, request: Request) -> Reply:
-        """Answer one call of the API."""
         kind, *words = request.words[1:] if re.fullmatch(r"v\d\.\d+", request.words[0]) else request.words
         try:
             reply: Reply = await getattr(self, kind.strip("_"))(request, request.method, *words)
         except RefusedError as error:
             return Reply(error.status, {"message": str(error)})
-        except Exception as error:  # noqa: BLE001 (whatever it is, the caller must see it)
+        except Exception as error:  # noqa: BLE001 - the caller must see any
             line = f"{request.method} /{'/'.join(request.words)}"
             return Reply(501, {"message": f"light host: not simulated: {line} ({error!r})"})
         return reply
 
     async def ping(self, *_: object) -> Reply:
-        """Say that there is an engine."""
         return Reply(200, b"OK")
 
     async def version(self, *_: object) -> Reply:
-        """Answer `docker version`."""
         return Reply(200, VERSION)
 
     async def info(self, *_: object) -> Reply:
-        """Answer `docker info`."""
-        runtimes = {
-            name: {"path": path} for name, path in (("nvidia", "nvidia-container-runtime"), ("runc", "runc"))
-        }
-        # /opt is the only room that the host has; nothing is stored there.
-        document = {
-            "ServerVersion": ENGINE,
-            "Runtimes": runtimes,
-            "DefaultRuntime": "runc",
-            "DockerRootDir": "/opt",
-        }
-        return Reply(
-            200, {**document, "Name": self.host.directory.name, "OSType": "linux", "Architecture": "x86_64"}
-        )
+        runtimes = {"nvidia": {"path": "nvidia-container-runtime"}, "runc": {"path": "runc"}}
+        # /opt is the host's only own directory; nothing is stored there.
+        return Reply(200, {
+            "ServerVersion": ENGINE, "Runtimes": runtimes, "DefaultRuntime": "runc", "DockerRootDir": "/opt",
+            "Name": self.host.directory.name, "OSType": "linux", "Architecture": "x86_64",
+        })  # fmt: skip
 
-    async def containers(self, request: Request, method: str, *words: str) -> Reply:  # noqa: C901, PLR0911 (a list)
-        """Answer what concerns containers."""
+    async def containers(self, request: Request, method: str, *words: str) -> Reply:  # noqa: C901, PLR0911
         host, query = self.host, request.query
         if words == ("json",):
             return Reply(200, self.rows(query))
@@ -126,7 +111,7 @@ class Engine:
         raise NotImplementedError
 
     def running(self, box: Container) -> None:
-        """Refuse where the container doesn't run."""
+        """Refuse a call for a container that doesn't run."""
         status = box.life().status
         if status == "restarting":
             raise RefusedError(f"Container {box.id} is restarting, wait until the container is running", 409)
@@ -134,37 +119,28 @@ class Engine:
             raise RefusedError(f"Container {box.id} is not running", 409)
 
     def rows(self, query: dict[str, str]) -> list[dict[str, Any]]:
-        """Return the lines of `docker ps`."""
+        """The output of `docker ps`."""
         rows = []
         for box in self.host.containers:
             document, labels = box.document(), box.body.get("Labels") or {}
             state = document["State"]
-            if passes(query.get("filters", ""), f"/{box.name}", labels) and (
-                query.get("all") or state["Running"]
-            ):
-                row = {
-                    "Id": box.id,
-                    "Names": [f"/{box.name}"],
-                    "Image": box.body["Image"],
-                    "ImageID": box.image_id,
-                }
-                row |= {"Created": int(box.created), "State": state["Status"], "Status": state["Status"]}
-                rows.append(
-                    {**row, "Labels": labels, "NetworkSettings": document["NetworkSettings"], "Ports": []}
-                )
+            shown = query.get("all") or state["Running"]
+            if shown and passes(query.get("filters", ""), f"/{box.name}", labels):
+                rows.append({
+                    "Id": box.id, "Names": [f"/{box.name}"], "Image": box.body["Image"], "ImageID": box.image_id,
+                    "Created": int(box.created), "State": state["Status"], "Status": state["Status"],
+                    "Labels": labels, "NetworkSettings": document["NetworkSettings"], "Ports": [],
+                })  # fmt: skip
         return rows
 
     def top(self, box: Container, columns: str) -> dict[str, Any]:
-        """Answer `docker top`: the processes as they would be on the host."""
+        """The output of `docker top`."""
         self.running(box)
         titles = {"-eo pid": ["PID"], "-eo pid,comm": ["PID", "COMMAND"]}[columns]
-        return {
-            "Titles": titles,
-            "Processes": [[str(pid), comm][: len(titles)] for comm, pid in box.pids().items()],
-        }
+        rows = [[str(pid), name][: len(titles)] for name, pid in box.pids().items()]
+        return {"Titles": titles, "Processes": rows}
 
     async def exec(self, _: Request, method: str, number: str, _verb: str) -> Reply:
-        """Answer `docker exec` of nvidia-smi; no other program is in there."""
         box, words, code = self.execs[int(number)]
         if method == "GET":
             return Reply(200, {"ID": number, "Running": False, "ExitCode": code, "ContainerID": box.id})
@@ -173,10 +149,12 @@ class Engine:
         return Reply(101, frames(text))
 
     async def images(self, request: Request, method: str, *words: str) -> Reply:
-        """Answer what concerns images."""
         images, query = self.host.images, request.query
         if words == ("create",):
-            return self.pull(f"{query['fromImage'].removeprefix('docker.io/')}:{query['tag']}")
+            image = f"{query['fromImage'].removeprefix('docker.io/')}:{query['tag']}"
+            images[image] = image_id(image)
+            self.host.save()
+            return Reply(200, {"status": f"Status: Downloaded newer image for {image}"})
         *parts, verb = words
         name = "/".join(parts)
         id_ = images.get(name, name)
@@ -188,50 +166,35 @@ class Engine:
             return Reply(201)
         if (method, verb) != ("GET", "json"):
             raise NotImplementedError
-        tags = [tag for tag, one in images.items() if one == id_]
-        return Reply(
-            200, {"Id": id_, "RepoTags": tags, "RepoDigests": [], "Os": "linux", "Architecture": "amd64"}
-        )
-
-    def pull(self, image: str) -> Reply:
-        """Answer `docker pull`: takes no time."""
-        fault = self.host.fault("pull")
-        if fault == "missing":
-            raise RefusedError(f"manifest for {image} not found: manifest unknown: manifest unknown", 404)
-        if fault:
-            return Reply(200, {"error": "unexpected EOF", "errorDetail": {"message": "unexpected EOF"}})
-        self.host.images[image] = image_id(image)
-        self.host.save()
-        return Reply(200, {"status": f"Status: Downloaded newer image for {image}"})
+        tags = [tag for tag, image in images.items() if image == id_]
+        document = {"Id": id_, "RepoTags": tags, "RepoDigests": [], "Os": "linux", "Architecture": "amd64"}
+        return Reply(200, document)
 
     async def networks(self, request: Request, method: str, *words: str) -> Reply:
-        """Answer what concerns networks."""
         rows = self.thing("networks", request, method, words)
         return Reply(201 if method == "POST" else 200, rows)
 
     async def volumes(self, request: Request, method: str, *words: str) -> Reply:
-        """Answer what concerns volumes."""
         rows = self.thing("volumes", request, method, words)
         return Reply(201 if method == "POST" else 200, rows if words else {"Volumes": rows})
 
-    def thing(self, kind: str, request: Request, method: str, words: tuple[str, ...]) -> Any:  # noqa: ANN401 (JSON)
-        """List, show, make or remove networks or volumes, which nothing uses."""
-        there = self.host.things[kind]
+    def thing(self, kind: str, request: Request, method: str, words: tuple[str, ...]) -> Any:  # noqa: ANN401 - JSON
+        """List, inspect, create or remove networks or volumes."""
+        things = self.host.things[kind]
         match [method, *words]:
             case ["GET"]:
                 filters = request.query.get("filters", "")
-                return [one for name, one in there.items() if passes(filters, name, one.get("Labels") or {})]
+                return [v for name, v in things.items() if passes(filters, name, v.get("Labels") or {})]
             case ["POST", "create"]:
                 name = request.body["Name"]
-                there.setdefault(
-                    name, {**request.body, "Id": name, "Driver": "local", "Mountpoint": "/nonexistent"}
-                )
+                more = {"Id": name, "Driver": "local", "Mountpoint": "/nonexistent"}
+                things.setdefault(name, {**request.body, **more})
                 self.host.save()
-                return there[name]
-            case ["GET", name] if name in there:
-                return there[name]
-            case ["DELETE", name] if name in there:
-                gone = there.pop(name)
+                return things[name]
+            case ["GET", name] if name in things:
+                return things[name]
+            case ["DELETE", name] if name in things:
+                gone = things.pop(name)
                 self.host.save()
                 return gone
             case ["GET" | "DELETE", name]:
@@ -240,21 +203,20 @@ class Engine:
 
 
 class Engines:
-    """The engines of all hosts of a directory."""
+    """The engines of all hosts in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Begin with none."""
         self.directory = directory
         self.hosts: dict[str, tuple[Host, asyncio.Server]] = {}
 
     async def open(self, name: str) -> None:
-        """Take up a host: answer on its docker.sock, and for its servers."""
+        """Start to answer on a host's docker.sock, and on the ports of its containers."""
         host = Host(self.directory / name)
         for box in host.containers:
             if box.life().status not in ("created", "exited"):
                 with contextlib.suppress(RefusedError):
                     await host.listen(box)
-        # By a short path: a socket's may have 107 characters.
+        # Through /proc, as the path of a socket may have 107 characters only.
         directory = os.open(host.directory / "run", os.O_PATH)
         api = await asyncio.start_unix_server(
             serve(Engine(host).answer), f"/proc/self/fd/{directory}/docker.sock"
@@ -263,7 +225,7 @@ class Engines:
         self.hosts[name] = host, api
 
     def close(self, name: str) -> None:
-        """Leave a host that is gone."""
+        """Stop to answer for a host that was removed."""
         host, api = self.hosts.pop(name)
         api.close()
         for box in host.containers:
@@ -271,7 +233,7 @@ class Engines:
                 port.close()
 
     async def live(self) -> None:
-        """Answer until the directory says that these engines are its own no more."""
+        """Answer until the directory is removed or has another engine."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         mine = None

@@ -1,4 +1,4 @@
-"""A fleet of light hosts: a directory each, and the process that plays their engines."""
+"""A fleet of light hosts: a directory each, and the process that simulates Docker Engine for all."""
 
 from __future__ import annotations
 
@@ -38,16 +38,14 @@ class Fleet:
     """The light hosts in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Name a directory, which need not exist yet."""
+        """Name a directory, which may not exist yet."""
         self.directory = directory.resolve()
 
     @property
     def names(self) -> list[str]:
-        """The hosts that there are."""
         return sorted(path.name for path in self.directory.glob("light-*"))
 
     def path(self, name: str) -> Path:
-        """Return a host's directory."""
         path = self.directory / Path(name).name
         if not (path / "host.json").exists():
             raise HostError(f"there is no host {name} in {self.directory}")
@@ -55,16 +53,14 @@ class Fleet:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Let no other run of this tool change the fleet meanwhile."""
+        """Lock the fleet against other runs of this program."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    # --- what plays the engines ---------------------------------------------
-
     def engine(self) -> int | None:
-        """Return the PID of the process that plays the engines, if it lives."""
+        """Return the PID of the engine process, if it runs."""
         pid = read_json(self.directory / "engine.json").get("pid")
         try:
             words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0")
@@ -73,12 +69,12 @@ class Fleet:
         return pid if str(self.directory) in words else None
 
     def start_engine(self) -> None:
-        """Start it where it doesn't live, and wait until it answers for all hosts."""
+        """Start it if it doesn't run, and wait until it answers for all hosts."""
         log = self.directory / "engine.log"
         if not self.engine():
             (self.directory / "engine.json").unlink(missing_ok=True)
             with log.open("w") as output:
-                # A session of its own, so that it outlives this tool and its terminal.
+                # In its own session, so that it outlives this program and its terminal.
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.light_fleet.engine", str(self.directory)],
                     cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
@@ -92,7 +88,6 @@ class Fleet:
             time.sleep(0.02)
 
     def stop_engine(self) -> None:
-        """Stop it, and wait for its end."""
         pid = self.engine()
         if pid is None:
             return
@@ -102,61 +97,51 @@ class Fleet:
                 os.waitpid(pid, os.WNOHANG)
             time.sleep(0.02)
 
-    # --- the hosts ----------------------------------------------------------
-
-    def up(self, count: int, cards: Path, first_port: int) -> None:
-        """Make the hosts that aren't there yet, and let all of them be answered."""
+    def up(self, count: int, first_port: int = FIRST_PORT) -> None:
+        """Make the hosts that don't exist yet, and start the engine."""
         self.check()
-        description = json.loads(cards.read_bytes())
         for number in range(1, count + 1):
             directory = self.directory / f"light-{number:04}"
             if not directory.exists():
-                make(directory, description, first_port + number - 1)
+                make(directory, first_port + number - 1)
         self.start_engine()
 
     def check(self) -> None:
-        """Refuse where light hosts can't be."""
+        """Refuse a machine or a directory where light hosts can't work."""
         user = [] if os.geteuid() == 0 else ["--map-root-user"]
         if subprocess.run(["unshare", *user, "--mount", "true"], capture_output=True, check=False).returncode:
             raise HostError(
-                "light hosts are mount namespaces, which this kernel keeps for root: run this as root"
+                "light hosts are mount namespaces, which this kernel lets only root create: run this as root"
             )
         if not PLUGIN.exists() or not shutil.which("docker", path="/usr/local/bin:/usr/bin"):
             raise HostError(f"run {HERE / 'setup'} first")
         if {"opt", "run"} & {path.parts[1] for path in (ROOT, self.directory) if len(path.parts) > 1}:
             raise HostError(
-                f"{ROOT} and {self.directory} must not be in /opt or /run, which hosts have their own of"
+                f"{ROOT} and {self.directory} must not be in /opt or /run, which hosts have themselves"
             )
 
     def down(self) -> None:
-        """Remove all of it."""
         self.stop_engine()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def inventory(self, names: list[str]) -> str:
-        """Return an inventory in YAML."""
         lines = ["vllm_gpu:", "  vars: {ansible_connection: local, ansible_become: false}", "  hosts:"]
         for name in names:
-            python, port = (
-                json.dumps(str(self.path(name) / "python3")),
-                read_json(self.path(name) / "host.json")["port"],
-            )
+            python = json.dumps(str(self.path(name) / "python3"))
+            port = read_json(self.path(name) / "host.json")["port"]
             lines.append(f"    {name}: {{ansible_python_interpreter: {python}, vllm_gpu_port: {port}}}")
         return "\n".join(lines) + "\n"
 
-    def fault(self, name: str, settings: dict[str, str], *, clear: bool) -> dict[str, str]:
-        """Add to how the host misbehaves; an empty value ends a fault."""
-        directory = self.path(name)
-        faults = {} if clear else read_json(directory / "faults.json")
-        faults = {key: value for key, value in {**faults, **settings}.items() if value}
-        write_json(directory / "faults.json", faults)
-        install(directory, faults)
+    def fault(self, name: str, settings: dict[str, str]) -> dict[str, str]:
+        """Set faults of the host; an empty value ends one."""
+        file = self.path(name) / "faults.json"
+        faults = {key: value for key, value in {**read_json(file), **settings}.items() if value}
+        write_json(file, faults)
         return faults
 
     def state(self, name: str) -> dict[str, Any]:
-        """Return what a host's engine knows, and what its nvidia-smi shows."""
         host = Host(self.path(name))
-        cards = Driver(host.directory, None).cards
+        cards = Driver(host.directory).cards
         return {
             "images": host.images,
             "containers": [box.document() for box in host.containers],
@@ -165,8 +150,8 @@ class Fleet:
         }
 
 
-def make(directory: Path, description: dict[str, Any], port: int) -> None:
-    """Make one host; whole, or not at all."""
+def make(directory: Path, port: int) -> None:
+    """Make one host, in one step."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -180,22 +165,14 @@ def make(directory: Path, description: dict[str, Any], port: int) -> None:
     for folder in ("run/light-host/bin", "run/light-host/cli-plugins", "opt"):
         (fresh / folder).mkdir(parents=True)
     (fresh / "run/light-host/cli-plugins/docker-compose").symlink_to(PLUGIN)
+    nvidia_smi = fresh / "run/light-host/bin/nvidia-smi"
+    nvidia_smi.write_text(NVIDIA_SMI.replace("DIRECTORY", repr(str(directory))), encoding="utf-8")
+    nvidia_smi.chmod(0o755)
     # Two hosts never have the same card.
-    description = own(description, directory.name)
+    description = own(json.loads((HERE / "cards.json").read_bytes()), directory.name)
     description["cards"].sort(key=lambda card: str(card["pci.bus_id"]))
     write_json(fresh / "cards.json", description)
     write_json(fresh / "host.json", {"port": port})
     (fresh / "cpu").touch()
     shutil.copy(Path(__file__).with_name("python3"), fresh / "python3")
     fresh.rename(directory)
-    install(directory, {})
-
-
-def install(directory: Path, faults: dict[str, str]) -> None:
-    """Give the host its nvidia-smi, unless a fault takes it away."""
-    file = directory / "run/light-host/bin/nvidia-smi"
-    if faults.get("nvidia_smi") == "missing":
-        file.unlink(missing_ok=True)
-    else:
-        file.write_text(NVIDIA_SMI.replace("DIRECTORY", repr(str(directory))), encoding="utf-8")
-        file.chmod(0o755)

@@ -1,4 +1,4 @@
-"""One light host as its engine knows it: its images, containers and ports, and the API of the server in one."""
+"""One light host as its engine stores it: images, containers, ports, and the API of the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import hmac
 import io
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,15 @@ from tests.light_fleet.container import PROCESSES, Container
 from tests.light_fleet.http import Reply, Request, serve
 
 FAULTS = {
-    "crash": "servers that are given this card (index, or any) crash while they start",
-    "wrong_card": "servers that ask for this card (index, or any) are given another one",
-    "pull": "an image that isn't there can't be pulled: missing (in the registry) | cut (off half-way)",
-    "nvidia_smi": "missing",
+    "crash": "servers on this card (index, or any) crash while they start",
     "start_delay": "seconds from a server's start until it answers",
-    "health": "503 | closed (the API never answers)",
 }
 
 
 class RefusedError(Exception):
-    """The engine says no, in these words."""
+    """The engine refuses a call, with this message and HTTP status."""
 
     def __init__(self, message: str, status: int = 500) -> None:
-        """Say so with that status."""
         super().__init__(message)
         self.status = status
 
@@ -44,35 +38,30 @@ class Host:
     """One light host."""
 
     def __init__(self, directory: Path) -> None:
-        """Take up what the directory holds."""
         self.directory = directory
         state = read_json(directory / "state.json")
         self.images: dict[str, str] = state.get("images") or {DEFAULT_IMAGE: image_id(DEFAULT_IMAGE)}
-        self.containers = [Container(**one) for one in state.get("containers", [])]
+        self.containers = [Container(**fields) for fields in state.get("containers", [])]
         # Networks and volumes, as they were created.
         self.things: dict[str, dict[str, Any]] = state.get("things") or {"networks": {}, "volumes": {}}
         self.count: int = state.get("count", 0)
         self.ports: dict[str, list[asyncio.Server]] = {}
 
     def save(self) -> None:
-        """Keep the state, for people and for the next engine."""
         boxes = [dataclasses.asdict(box) for box in self.containers]
         state = {"images": self.images, "containers": boxes, "things": self.things, "count": self.count}
         write_json(self.directory / "state.json", state)
 
     def fault(self, name: str) -> str:
-        """Return how the host was told to misbehave just now; empty for not at all."""
         return str(read_json(self.directory / "faults.json").get(name, ""))
 
     def find(self, name: str) -> Container:
-        """Return the container of that name or id."""
         for box in self.containers:
             if name == box.name or (len(name) >= 12 and box.id.startswith(name)):
                 return box
         raise RefusedError(f"No such container: {name}", 404)
 
     def create(self, name: str, body: dict[str, Any]) -> Container:
-        """Make a container, and don't start it."""
         image = self.images.get(body["Image"], body["Image"])
         if image not in self.images.values():
             raise RefusedError(f"No such image: {body['Image']}", 404)
@@ -86,7 +75,7 @@ class Host:
         return self.containers[-1]
 
     def close(self, box: Container) -> None:
-        """Take its port and its cards from a container."""
+        """Free the container's ports and cards."""
         for port in self.ports.pop(box.id, []):
             port.close()
         if box.cards and box.started:
@@ -94,56 +83,53 @@ class Host:
         box.cards = []
 
     def stop(self, box: Container) -> None:
-        """Stop the container."""
         self.close(box)
         box.stopped = True
         self.save()
 
     def remove(self, box: Container) -> None:
-        """Take the container away."""
         self.close(box)
         self.containers.remove(box)
         self.save()
 
     async def start(self, box: Container) -> None:
-        """Start the container, or note why it can't be."""
+        """Start the container, or store why that failed."""
         self.close(box)
         try:
             requests = box.settings.get("DeviceRequests") or []
-            given = asked = [card for request in requests for card in self.asked(request)]
-            if hits(self.fault("wrong_card"), asked):
-                given = [card for card in Driver(self.directory, None).cards if card not in asked][:1]
+            cards = [card for request in requests for card in self.requested(request)]
             await self.listen(box)
             box.error, box.stopped = "", False
-            self.run(box, given)
+            self.run(box, cards)
         except RefusedError as error:
             box.error = str(error)
             raise
         finally:
             self.save()
 
-    def run(self, box: Container, given: list[Card]) -> None:
+    def run(self, box: Container, cards: list[Card]) -> None:
         """Do what the container's program does: read its command line, and take memory of its cards."""
+        crash = self.fault("crash")
         box.delay, box.started = float(self.fault("start_delay") or 0), time.time()
         failure = "RuntimeError: simulated failure while the engine started"
-        box.crash = failure if hits(self.fault("crash"), given) else ""
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        box.crash = failure if crash == "any" or crash in [str(card.index) for card in cards] else ""
+        with contextlib.redirect_stderr(io.StringIO()) as usage:
             try:
                 options = vllm_stand_in.parse(box.body.get("Cmd") or [])
             except SystemExit:
-                box.names, box.crash = ["?"], said.getvalue().strip()
+                box.names, box.crash = ["?"], usage.getvalue().strip()
                 return
         box.names = options.served_model_name or [options.model_tag or options.model]
-        box.cards = [card.uuid for card in given]
+        box.cards = [card.uuid for card in cards]
         if not box.crash:
             share = options.gpu_memory_utilization or 0.9
             since, pid = box.started + box.delay / 2, box.pids()[PROCESSES[-1]]
             held = {"cards": box.cards, "share": share, "since": since, "pid": pid}
             write_json(self.directory / "held.json", held)
 
-    def asked(self, request: dict[str, Any]) -> list[Card]:
-        """Return the cards that a container asks for: certain ones, or a number of them."""
-        cards = Driver(self.directory, None).cards
+    def requested(self, request: dict[str, Any]) -> list[Card]:
+        """Return the cards of a device request: certain ones, or a number of them."""
+        cards = Driver(self.directory).cards
         if not request.get("DeviceIDs"):
             return cards if request["Count"] < 0 else cards[: request["Count"]]
         found = []
@@ -160,7 +146,7 @@ class Host:
         return found
 
     async def listen(self, box: Container) -> None:
-        """Open the published ports, as the engine does before the server answers."""
+        """Open the published ports, as Docker does before the server answers."""
 
         async def answer(request: Request) -> Reply | None:
             return self.reply(box, request)
@@ -176,11 +162,11 @@ class Host:
             self.ports.setdefault(box.id, []).append(server)
 
     def reply(self, box: Container, request: Request) -> Reply | None:
-        """Answer a request to the server's API; not at all as long as the server isn't ready."""
-        if box.loaded() < 1 or self.fault("health") == "closed":
+        """Answer a request to the server's API, once it is ready."""
+        if box.loaded() < 1:
             return None
         if request.words == ["health"]:
-            return Reply(503 if self.fault("health") == "503" else 200)
+            return Reply()
         if request.words != ["v1", "models"]:
             return Reply(404, {"detail": "Not Found"})
         key, sent = box.environment("VLLM_API_KEY"), request.headers.get("authorization", "")
@@ -191,10 +177,5 @@ class Host:
 
 
 def image_id(image: str) -> str:
-    """Return the id that an image of this name has on every host."""
+    """Return the id of an image with this name, the same on every host."""
     return "sha256:" + hashlib.sha256(image.encode()).hexdigest()
-
-
-def hits(fault: str, cards: Sequence[Card]) -> str:
-    """Return the fault where it means one of these cards, or nothing."""
-    return fault if fault == "any" or fault in [str(card.index) for card in cards] else ""

@@ -1,4 +1,4 @@
-"""As much of HTTP as the Docker client and the role's readers of an API need."""
+"""The part of HTTP that the Docker client and the role's checks of the API need."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 class Request(NamedTuple):
-    """What a client asks."""
-
     method: str
     words: list[str]  # of the path
     query: dict[str, str]
@@ -22,13 +20,12 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What it is answered; 101 hands the connection over."""
+    """An answer; after 101 the connection is the other protocol's."""
 
     status: int = 200
     body: object = b""
 
     def bytes(self) -> bytes:
-        """Return it as it goes over the wire."""
         body = self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
         kind = "application/octet-stream" if isinstance(self.body, bytes) else "application/json"
         length = (
@@ -41,7 +38,6 @@ class Reply(NamedTuple):
 
 
 async def read(reader: asyncio.StreamReader) -> Request:
-    """Read one request."""
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     method, target, _ = first.split()
     headers = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -54,7 +50,7 @@ async def read(reader: asyncio.StreamReader) -> Request:
 def serve(
     answer: Callable[[Request], Awaitable[Reply | None]],
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """Return what answers a connection's requests; None is no answer, and the end."""
+    """Return a server of connections; where `answer` returns None it closes the connection."""
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
