@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Settings of every test run."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import signal
 
 
 def pytest_configure() -> None:
-    # A shell lets what it starts in the background ignore Ctrl-C, and all that comes of it inherits that.
+    # A shell makes its background jobs ignore Ctrl-C, and their children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
-"""Real vLLM in a simulated GPU host: the same role, compose file and playbooks, told nothing about it.
+"""Real vLLM on a simulated GPU host, by the same role, compose file and playbooks.
 
-The tests tell one story, in their order: a start takes the better part of a minute.
+Each test continues from the one before it, as a start takes almost a minute.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ EVIDENCE = ROOT / ".cache/acceptance.md"
 @pytest.fixture(scope="module")
 def host() -> Iterator[GpuHost]:
     EVIDENCE.unlink(missing_ok=True)
-    with start("acceptance") as one:
+    with start("acceptance") as started:
         subprocess.run(
-            [sys.executable, ROOT / "molecule/simulated_host/real_vllm.py", one.name],
+            [sys.executable, ROOT / "molecule/simulated_host/real_vllm.py", started.name],
             check=True,
             timeout=2400,
         )
-        yield one
+        yield started
 
 
 def play(host: GpuHost, playbook: str = "serve.yml", /, **variables: object) -> Result:
-    asked = json.dumps({**VARIABLES, **variables})
-    return host.play(playbook, "-e", asked)
+    return host.play(playbook, "-e", json.dumps({**VARIABLES, **variables}))
 
 
 def serve(host: GpuHost, gpu: int, **variables: object) -> None:
@@ -50,13 +49,13 @@ def serve(host: GpuHost, gpu: int, **variables: object) -> None:
 
 
 def note(what: str, text: str) -> None:
-    """Keep for a person what was seen."""
+    """Record for a person what was observed."""
     with EVIDENCE.open("a", encoding="utf-8") as file:
         file.write(f"### {what}\n\n```\n{text.strip()}\n```\n\n")
 
 
-def ask(host: GpuHost, path: str, body: object = None, key: str = "") -> tuple[int, Any]:
-    """Ask the API, from the host itself; return the status and the answer."""
+def request(host: GpuHost, path: str, body: object = None, key: str = "") -> tuple[int, Any]:
+    """Send a request to the API from the host itself; return the status and the answer."""
     words = f"curl -s -o /root/answer -w '%{{http_code}}' http://127.0.0.1:8000/{path}"
     if key:
         words += f" -H 'Authorization: Bearer {key}'"
@@ -68,15 +67,10 @@ def ask(host: GpuHost, path: str, body: object = None, key: str = "") -> tuple[i
 
 
 def complete(host: GpuHost) -> list[str]:
-    """Return the tokens of a completion."""
     body = {
-        "model": "/models/tiny",
-        "prompt": "Beautiful is",
-        "max_tokens": 12,
-        "temperature": 0,
-        "logprobs": 0,
-    }
-    status, answer = ask(host, "v1/completions", body)
+        "model": "/models/tiny", "prompt": "Beautiful is", "max_tokens": 12, "temperature": 0, "logprobs": 0
+    }  # fmt: skip
+    status, answer = request(host, "v1/completions", body)
     assert status == 200, answer
     tokens: list[str] = answer["choices"][0]["logprobs"]["tokens"]
     assert len(tokens) > 1
@@ -84,7 +78,7 @@ def complete(host: GpuHost) -> list[str]:
 
 
 def proof(host: GpuHost, gpu: int) -> None:
-    """The server is on this card and on no other: by nvidia-smi, the engine, and the referee."""
+    """The server is on this card and on no other, by nvidia-smi, Docker, and the referee."""
     rows = host.ssh.check_output(
         "nvidia-smi --query-compute-apps=gpu_uuid,pid,process_name --format=csv,noheader"
     )
@@ -98,7 +92,7 @@ def proof(host: GpuHost, gpu: int) -> None:
     (row,) = rows.splitlines()
     uuid, pid, _name = row.split(", ")
     assert uuid == uuids[gpu]
-    # The API server has no card; its child's child, the engine's worker, has this one.
+    # The API server has no card; the worker of its engine process has this one.
     processes = {line.split()[0]: line.split()[1:] for line in top.splitlines()}
     parent, name = processes[pid]
     assert name == "VLLM::Worker", top
@@ -112,10 +106,10 @@ def proof(host: GpuHost, gpu: int) -> None:
 def test_on_gpu_0_then_on_gpu_1_it_gives_the_same_tokens(host: GpuHost) -> None:
     serve(host, 0)
     proof(host, 0)
-    assert ask(host, "health") == (200, None)
-    status, models = ask(host, "v1/models")
+    assert request(host, "health") == (200, None)
+    status, models = request(host, "v1/models")
     assert (status, [model["id"] for model in models["data"]]) == (200, ["/models/tiny"])
-    assert ask(host, "version")[1]["version"].startswith("0.32.0")
+    assert request(host, "version")[1]["version"].startswith("0.32.0")
     tokens = complete(host)
     assert play(host, gpu_device_id=0).changed == 0
 
@@ -125,7 +119,7 @@ def test_on_gpu_0_then_on_gpu_1_it_gives_the_same_tokens(host: GpuHost) -> None:
     note("Tokens on both", repr(tokens))
 
 
-def test_back_to_the_server_before(host: GpuHost) -> None:
+def test_rollback(host: GpuHost) -> None:
     done = play(host, "playbooks/rollback.yml")
     assert done.code == 0, done.output
     proof(host, 0)
@@ -136,13 +130,15 @@ def test_back_to_the_server_before(host: GpuHost) -> None:
     ("variables", "reason"),
     [
         ({"vllm_gpu_model": "/models/nowhere"}, "there is no /srv/models/nowhere"),
-        # The image is told to stay offline, so that real vLLM says it this way.
+        # This is real vLLM's message with HF_HUB_OFFLINE, which the image sets.
         ({"vllm_gpu_model": "acme/does-not-exist"}, "Cannot find an appropriate cached snapshot folder"),
         ({"vllm_gpu_extra_args": ["--no-such-flag"]}, "unrecognized arguments: --no-such-flag"),
     ],
-    ids=["a path that isn't there", "a model that can't be had", "a wrong flag"],
+    ids=["no such path", "no such model", "a wrong flag"],
 )
-def test_what_real_vllm_refuses_is_put_back(host: GpuHost, variables: dict[str, object], reason: str) -> None:
+def test_after_a_refusal_of_real_vllm_the_old_server_is_restored(
+    host: GpuHost, variables: dict[str, object], reason: str
+) -> None:
     done = play(host, gpu_device_id=1, **variables)
     note(f"Refused: {variables}", done.output.rpartition("fatal: ")[2] or done.output[-3000:])
     assert done.code != 0
@@ -158,9 +154,9 @@ def test_a_key_guards_the_api(host: GpuHost, tmp_path: Path) -> None:
     done = host.play("serve.yml", "-e", json.dumps({**VARIABLES, "gpu_device_id": 0}), "-e", f"@{vault}")
     assert done.code == 0, done.output
     assert key not in done.output
-    assert ask(host, "v1/models")[0] == 401
-    assert ask(host, "v1/models", key=key)[0] == 200
-    assert ask(host, "health")[0] == 200
+    assert request(host, "v1/models")[0] == 401
+    assert request(host, "v1/models", key=key)[0] == 200
+    assert request(host, "health")[0] == 200
     serve(host, 0, vllm_gpu_api_key="")
 
 
@@ -170,9 +166,9 @@ def test_a_worker_that_is_killed(host: GpuHost) -> None:
     deadline = time.monotonic() + 60
     while (referee := host.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh --json")).rc == 0:
         assert time.monotonic() < deadline
-    note("The engine was killed", referee.stdout)
+    note("The worker was killed", referee.stdout)
     assert play(host, "playbooks/verify.yml").code != 0
-    # Whether its restart policy has it back by then or not.
+    # Whether its restart policy has restarted it by then or not.
     serve(host, 0)
     proof(host, 0)
     complete(host)

@@ -1,4 +1,4 @@
-"""The simulated GPU host of the fault matrix, and the table that its rows make."""
+"""The simulated GPU host of the fault matrix, and the table of its results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def matrix(request: pytest.FixtureRequest) -> list[str]:
 
 
 def pytest_sessionfinish(session: Any) -> None:  # noqa: ANN401
-    """Keep the table that the run made."""
+    """Write the table of the run."""
     rows = session.config.stash[ROWS]
     if rows:
         TABLE.write_text(HEAD + "".join(rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A registry on loopback whose connection breaks in the middle of a layer."""
+"""A registry on loopback that sends only a part of each layer."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ LAYER = "sha256:" + "1" * 64
 
 
 def digest(content: bytes) -> str:
-    """Return the digest of `content` as registries write it."""
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
@@ -37,10 +36,10 @@ MANIFEST = json.dumps(
 
 
 class Registry(BaseHTTPRequestHandler):
-    """As much of the registry's protocol as a pull needs."""
+    """The part of the registry's protocol that a pull needs."""
 
     def do_GET(self) -> None:
-        """Answer; the layer is announced whole and sent in part."""
+        """Answer; of the layer only a part is sent."""
         body, kind, size = b"{}", "application/json", None
         if self.path.endswith("/none"):
             body = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
@@ -50,7 +49,6 @@ class Registry(BaseHTTPRequestHandler):
             body, kind = CONFIG, "application/octet-stream"
         elif self.path.endswith(LAYER):
             body, kind, size = b"\x1f\x8b" + b"\0" * 1000, "application/octet-stream", 1 << 20
-        # A tag that this registry doesn't have.
         self.send_response(404 if self.path.endswith("/none") else 200)
         self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         self.send_header("Content-Type", kind)
@@ -63,7 +61,7 @@ class Registry(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - the library's name
 
 
-# By HTTPS, as `docker manifest inspect` speaks nothing else.
+# HTTPS, which `docker manifest inspect` needs.
 server = HTTPServer(("127.0.0.1", 5000), Registry)
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 context.load_cert_chain("/root/registry.crt", "/root/registry.key")

@@ -18,7 +18,7 @@ def started() -> Iterator[GpuHost]:
 
 @pytest.fixture
 def clean_host(started: GpuHost) -> GpuHost:
-    """The host as if it had never been provisioned."""
+    """The host as before its first deployment."""
     started.cure()
     started.ssh.run(
         "docker rm -f vllm-server; docker volume ls -q | xargs -r docker volume rm; docker network prune -f; "

@@ -1,9 +1,9 @@
-"""Plays killed at random moments: the next play repairs the host, with no step by hand.
+"""Plays killed at random moments: the next play repairs the host, with no manual step.
 
-Each round starts on a host with a proven server and asks for the other card.
-The controller, the SSH connection or the host itself goes away at a random
-moment. Then either the same play is run again, which must bring the asked
-server up, or one that has to fail, which must bring the old one back.
+Each round starts on a host with a proven server and requests the other card. At a
+random moment the controller, the SSH connection or the whole host is killed. Then the
+same play runs again and must bring the requested server up; or, in every other round,
+a play that has to fail must restore the old server.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def controller(_host: GpuHost, play: subprocess.Popen[str]) -> None:
 
 
 def connection(host: GpuHost, _play: subprocess.Popen[str]) -> None:
-    # The sessions, not the server that accepts new ones (the oldest). What runs in them goes on.
-    # Detached, as the session that asks for it goes away, too.
+    # The sessions, not the server that accepts new ones (the oldest). Their commands go on.
+    # Detached, as this session is killed, too.
     cut = "sleep 0.2; pkill -9 -P $(pgrep -o -x dropbear)"
     host.ssh.run(f"(setsid sh -c '{cut}' </dev/null >/dev/null 2>&1 &)")
     time.sleep(0.3)
@@ -49,13 +49,13 @@ KILLERS: list[Callable[[GpuHost, subprocess.Popen[str]], None]] = [controller, c
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[GpuHost]:
-    with start("kills") as one:
-        yield one
+    with start("kills") as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def lasts(host: GpuHost) -> float:
-    """How long a play that changes the card takes; seconds."""
+def duration(host: GpuHost) -> float:
+    """The seconds that a play takes which changes the card."""
     host.fault("start_delay=2")
     host.serve(gpu_device_id=0)
     started = time.monotonic()
@@ -71,7 +71,7 @@ def table() -> Iterator[list[str]]:
 
 
 def kill_a_play(host: GpuHost, card: str, after: float, killer: Callable[..., None]) -> str:
-    """Start a play that asks for `card`, kill it, and return the task that it was in; '' if it had ended."""
+    """Start a play that requests `card`, kill it, and return its task at that time; '' if it had ended."""
     with subprocess.Popen(
         ["ansible-playbook", "serve.yml", "-e", f"gpu_device_id={card}"],
         cwd=ROOT, env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -85,11 +85,11 @@ def kill_a_play(host: GpuHost, card: str, after: float, killer: Callable[..., No
     if ended:
         return ""
     tasks = re.findall(r"TASK \[(?:\S+ : )?(.*?)\]", output)
-    return f"{tasks[-1][:48]}" if tasks else "before the first"
+    return str(tasks[-1])[:48] if tasks else "before the first"
 
 
-def whole(host: GpuHost) -> bool:
-    """Are the files complete: does Compose read them, does the referee end as it should?"""
+def files_are_complete(host: GpuHost) -> bool:
+    """Compose can read them, .env has its keys, and the referee is a whole script."""
     host.ssh.check_output(
         f"cd {DIRECTORY} && docker compose --file docker-compose.serving.yml config --quiet"
     )
@@ -97,34 +97,36 @@ def whole(host: GpuHost) -> bool:
     return int(keys) > 10 and host.ssh.run(f"bash -n {DIRECTORY}/check_gpu_allocation.sh").rc == 0
 
 
-def answering(host: GpuHost) -> str:
+def answering_gpu(host: GpuHost) -> str:
     if host.ssh.run("curl -sf http://127.0.0.1:8000/health").rc:
         return ""
     return host.served_gpu()
 
 
 def settled(host: GpuHost) -> str:
-    """The card of the server that answers, once what the killed play has begun has come to its end."""
+    """The card of the server that answers, once the killed play's last command has ended."""
     for _ in range(60):
         busy = host.ssh.run("pgrep -f 'AnsiballZ|^docker .*compose|^/usr/bin/python3$'").stdout
-        if not busy and ((card := answering(host)) or " running" not in host.container()):
+        if not busy and ((card := answering_gpu(host)) or " running" not in host.container()):
             return card
         time.sleep(0.5)
     return ""
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
-def test_the_next_play_repairs_the_host(host: GpuHost, lasts: float, table: list[str], number: int) -> None:
+def test_the_next_play_repairs_the_host(
+    host: GpuHost, duration: float, table: list[str], number: int
+) -> None:
     dice = random.Random(f"{SEED}-{number}")  # noqa: S311 - no secret
     old, new = ("0", "1") if number % 2 == 0 else ("1", "0")
-    killer, after, task = KILLERS[number % len(KILLERS)], dice.uniform(0.8, lasts), ""
+    killer, after, task = KILLERS[number % len(KILLERS)], dice.uniform(0.8, duration), ""
     while not task:
         host.serve(gpu_device_id=old)
         task = kill_a_play(host, new, after, killer)
         after *= 0.8
-    assert whole(host)
+    assert files_are_complete(host)
     left = settled(host)
-    # From here on the recorded state says which server was proven last.
+    # The record names the server that was proven last.
     record = host.ssh.check_output(f"cat {DIRECTORY}/.proven/current/record.json")
     proven = "1" if '"requested": "1"' in record else "0"
 
@@ -134,19 +136,19 @@ def test_the_next_play_repairs_the_host(host: GpuHost, lasts: float, table: list
         expected, outcome = new, "repaired it"
     else:
         output = host.fail_to_serve(gpu_device_id=new, vllm_gpu_model="acme/does-not-exist")
-        said = re.search(r"serves as before: Qwen/Qwen3-0.6B on GPU (\d)", output)
-        assert said, output
-        # What serves when a play begins is what it puts back, recorded or not; otherwise, what was recorded.
-        assert said[1] == (left or proven)
-        expected, outcome = said[1], "failed, and put it back"
+        restored = re.search(r"serves as before: Qwen/Qwen3-0.6B on GPU (\d)", output)
+        assert restored, output
+        # A play restores the server that ran when it started, else the recorded one.
+        assert restored[1] == (left or proven)
+        expected, outcome = restored[1], "failed, and restored it"
     seconds = time.monotonic() - started
-    serves = answering(host)
+    serves = answering_gpu(host)
     table.append(
         f"| {killer.__name__.replace('_', ' ')} | {after:.1f} s | {task} | "
         f"{'GPU ' + left if left else 'not answering'} | {outcome} in {seconds:.0f} s | GPU {serves} |\n"
     )
     assert serves == expected
-    # The files are those of the server that runs, and no litter lies beside them.
+    # The files are the running server's, and no temporary file is left.
     assert host.play("playbooks/verify.yml").code == 0
     listing = host.ssh.check_output(f"ls -A {DIRECTORY}").split()
     assert sorted(listing) == [".env", ".proven", "check_gpu_allocation.sh", "docker-compose.serving.yml"]
