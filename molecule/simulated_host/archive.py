@@ -15,7 +15,6 @@ class Archive:
     """A tar file that is being written."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self.buffer = io.BytesIO()
         self.tar = tarfile.TarFile(fileobj=self.buffer, mode="w", format=tarfile.PAX_FORMAT)
         self.names: set[str] = set()
@@ -45,13 +44,11 @@ class Archive:
         self.add(info)
 
     def link(self, name: str, target: str) -> None:
-        """Add a symbolic link."""
         info = tarfile.TarInfo(name)
         info.type, info.linkname = tarfile.SYMTYPE, target
         self.add(info)
 
     def text(self, name: str, data: str | bytes, mode: int = 0o644) -> None:
-        """Add a file with this content."""
         data = data.encode() if isinstance(data, str) else data
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), mode
@@ -78,6 +75,5 @@ class Archive:
                 self.add(info, path.read_bytes())
 
     def bytes(self) -> bytes:
-        """Return the finished archive."""
         self.tar.close()
         return self.buffer.getvalue()

@@ -13,7 +13,6 @@ import simulated_gpu as gpu
 
 
 def main() -> None:
-    """Take the memory, report it, and wait."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--card", required=True, help="index, UUID or PCI bus id")
     parser.add_argument("--mib", required=True, type=int)

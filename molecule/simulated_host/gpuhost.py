@@ -124,7 +124,6 @@ def command_reboot(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's description."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -162,7 +161,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run one command."""
     options = parser().parse_args()
     try:
         options.run(options)

@@ -34,7 +34,6 @@ class Host:
     """One simulated host."""
 
     def __init__(self, name: str) -> None:
-        """Name a host, which may not exist yet."""
         if not NAME.fullmatch(name):
             raise HostError(f"not a host name: {name!r} (small letters, digits and dashes)")
         self.name = name
@@ -75,7 +74,6 @@ class Host:
         )
 
     def ssh_command(self) -> list[str]:
-        """Return the ssh command that reaches the host."""
         return ["ssh", "-F", str(self.ssh_config), self.name]
 
     def answers(self) -> bool:
@@ -146,7 +144,6 @@ class Host:
                 self.run("docker", "load", "-q", data=stand_in_image())
 
     def down(self) -> None:
-        """Remove the host and its data."""
         docker("rm", "--force", "--volumes", self.container, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -185,7 +182,6 @@ def all_hosts() -> list[Host]:
 
 
 def inventory(hosts: list[Host]) -> str:
-    """Return an Ansible inventory in YAML."""
     lines = ["vllm_gpu:", "  hosts:"]
     for host in hosts:
         variables = {

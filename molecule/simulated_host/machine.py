@@ -46,7 +46,6 @@ def docker_command() -> tuple[str, ...]:
 
 
 def docker(*arguments: str, data: bytes | None = None, check: bool = True) -> str:
-    """Run a command of the Docker client and return its output."""
     done = subprocess.run([*docker_command(), *arguments], input=data, capture_output=True, check=False)
     if check and done.returncode:
         raise HostError(f"docker {arguments[0]}: {done.stderr.decode().strip()}")

@@ -70,7 +70,6 @@ def given_cards(requested: list[gpu.Card], cards: list[gpu.Card]) -> list[gpu.Ca
 
 
 def main() -> None:
-    """Give the container its cards."""
     state = json.load(sys.stdin)
     config = json.loads((Path(state["bundle"]) / "config.json").read_text())
     environment = dict(entry.partition("=")[::2] for entry in config["process"].get("env", []))

@@ -50,7 +50,6 @@ def fail(status: int, text: str) -> NoReturn:
 
 
 def unit(field: str) -> str:
-    """Return the unit of a field's numbers, empty for none."""
     if field.startswith("memory.") or field == "used_gpu_memory":
         return "MiB"
     if field.startswith("utilization.") or field == "fan.speed":
@@ -59,20 +58,17 @@ def unit(field: str) -> str:
 
 
 def gpu_value(card: gpu.Card, field: str) -> str:
-    """Return what the card answers for a field of --query-gpu."""
     computed = COMPUTED.get(field)
     return str(computed(card) if computed else card.properties.get(field, DEFAULTS.get(field, 0)))
 
 
 def app_value(card: gpu.Card, pid: int, mib: int, field: str) -> str:
-    """Return the answer for a field of --query-compute-apps."""
     if field in GPU_ALIASES:
         return gpu_value(card, GPU_ALIASES[field])
     return {"pid": str(pid), "process_name": gpu.process_name(pid), "used_gpu_memory": str(mib)}[field]
 
 
 def print_csv(rows: list[list[str]], fields: list[str], formats: list[str]) -> None:
-    """Print the answers in the form of --format."""
     units = "nounits" not in formats
     if "noheader" not in formats:
         print(", ".join(f"{f} [{unit(f)}]" if units and unit(f) else f for f in fields))
@@ -91,7 +87,6 @@ def listed(card: gpu.Card) -> dict[int, int]:
 
 
 def query(cards: list[gpu.Card], wanted: str, formats: list[str], *, apps: bool) -> None:
-    """Answer --query-gpu and --query-compute-apps."""
     aliases = APP_ALIASES if apps else GPU_ALIASES
     fields = [aliases.get(field.strip(), field.strip()) for field in wanted.split(",")]
     known = {*COMPUTED, *DEFAULTS, *(key for card in cards for key in card.properties)}
@@ -212,7 +207,6 @@ def parse(argv: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Answer one call."""
     options = parse(argv)
     if {"--list-gpus", "--id"} <= options.keys():
         fail(255, "ERROR: Option -i is not valid for this command. Please run 'nvidia-smi -h' for help.\n")

@@ -156,7 +156,6 @@ def load(host: Host) -> None:
 
 
 def pipe(source: list[str | Path], target: list[str]) -> None:
-    """Pipe the output of one command into another."""
     with subprocess.Popen(source, stdout=subprocess.PIPE) as first:
         done = subprocess.run(target, stdin=first.stdout, capture_output=True, text=True, check=False)
     if first.returncode or done.returncode:
@@ -164,7 +163,6 @@ def pipe(source: list[str | Path], target: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(str(__doc__))
     try:

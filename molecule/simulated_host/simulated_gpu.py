@@ -63,12 +63,10 @@ class Card:
 
     @property
     def bus_id(self) -> str:
-        """The PCI bus id."""
         return str(self.properties["pci.bus_id"])
 
     @property
     def total_mib(self) -> int:
-        """All of the memory on the board."""
         return int(self.properties["memory.total"])
 
     @property
@@ -88,13 +86,11 @@ class Card:
         return held // MIB + DRIVER_MIB if held else 0
 
     def is_called(self, name: str) -> bool:
-        """Whether `name` is this card's index, UUID or PCI bus id."""
         return name in (str(self.index), self.uuid) or name.lower() == self.bus_id.lower()
 
 
 @contextmanager
 def open_card(path: Path) -> Iterator[int]:
-    """Open the card for the duration of the block."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         yield fd
@@ -200,7 +196,6 @@ def visible_cards() -> list[Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return the visible card of that index, UUID or PCI bus id."""
     for card in visible_cards():
         if card.is_called(name):
             return card

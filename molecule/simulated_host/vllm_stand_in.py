@@ -84,7 +84,6 @@ TYPES: dict[str, type] = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line of `vllm serve`."""
     # vLLM takes --max_model_len for --max-model-len.
     argv = [
         ("--" + "=".join([name[2:].replace("_", "-"), *rest])) if arg.startswith("--") else arg
@@ -110,21 +109,17 @@ class Log:
     """Writes lines as vLLM's processes do."""
 
     def __init__(self, process: str) -> None:
-        """Write lines of a process with that name."""
         self.prefix = f"({process} pid={os.getpid()})"
 
     def raw(self, text: str) -> None:
-        """Write lines without a level."""
         for line in text.split("\n"):
             print(self.prefix, line, flush=True)
 
     def at(self, level: str, where: str, text: str) -> None:
-        """Write lines with level, time and place."""
         for line in text.split("\n"):
             self.raw(f"{level} {time.strftime('%m-%d %H:%M:%S')} [{where}] {line}")
 
     def note(self, where: str, text: str) -> None:
-        """Write a line of level INFO."""
         self.at("INFO", where, text)
 
     def die(self, error: str, at: str = "") -> NoReturn:
@@ -209,7 +204,6 @@ class Engine:
     """The child process that does the GPU work."""
 
     def __init__(self, options: argparse.Namespace, model: str, parent: int, ready: int) -> None:
-        """Become the engine process, which reports to the file `ready`."""
         set_title("VLLM::EngineCore", "VLLM::EngineCor")
         self.log = Log("EngineCore")
         self.options, self.model, self.parent, self.ready = options, model, parent, ready
@@ -300,7 +294,6 @@ class Engine:
             time.sleep(min(left, POLL))
 
     def run(self) -> NoReturn:
-        """Run the engine process."""
         # So that its end frees the card's memory at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -317,7 +310,6 @@ class Server:
     """The API server, the container's main process."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Serve with these options."""
         self.options = options
         self.log = Log("APIServer")
         self.model = str(options.model_tag or options.model)
@@ -338,7 +330,6 @@ class Server:
         os._exit(0)
 
     def banner(self) -> None:
-        """Log what starts, as vLLM does, without the keys."""
         changed = {
             key: value for key, value in vars(self.options).items() if value is not None and key != "api_key"
         }
@@ -368,7 +359,6 @@ class Server:
         return ready
 
     def run(self) -> NoReturn:
-        """Serve until a signal, or until the engine process dies."""
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         self.banner()
@@ -407,7 +397,6 @@ class Server:
         self.watch()
 
     def watch(self) -> NoReturn:
-        """Wait until the engine process ends."""
         started = time.monotonic()
         while os.waitpid(self.children[0], os.WNOHANG)[0] == 0:
             after = fault("crash_after")
@@ -427,12 +416,10 @@ class Server:
         self.stop()
 
     def served(self) -> list[str]:
-        """Return the names of the served models."""
         other = fault("serve_as")
         return [other] if other else self.names
 
     def models(self) -> dict[str, Any]:
-        """Return the answer of /v1/models."""
         length = self.options.max_model_len
         fields = {
             "object": "model",
@@ -445,7 +432,6 @@ class Server:
         return {"object": "list", "data": [{"id": name, **fields} for name in self.served()]}
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer of /v1/completions."""
         count = int(request.get("max_tokens") or 16)
         prompt = len(str(request.get("prompt", "")).split())
         return {
@@ -467,7 +453,6 @@ class Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def reply(self, status: int, body: dict[str, Any] | None = None) -> None:
-        """Send an answer."""
         data = json.dumps(body, separators=(",", ":")).encode() if body else b""
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -496,7 +481,6 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(3)
 
     def do_GET(self) -> None:
-        """Answer a GET."""
         path = self.path.partition("?")[0]
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
@@ -512,7 +496,6 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
-        """Answer a POST."""
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self.allowed():
             self.reply(401, {"error": "Unauthorized"})
@@ -529,14 +512,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(404, {"error": {"message": message, "type": "NotFoundError", "code": 404}})
 
     def log_request(self, code: object = "-", _size: object = "-") -> None:
-        """Write the line of an access log."""
         status = f"{code} {HTTPStatus(int(str(code))).phrase}"
         host, port = self.client_address[:2]
         self.api.log.raw(f'INFO:     {host}:{port} - "{self.requestline}" {status}')
 
 
 def main() -> None:
-    """Run `vllm serve` or `vllm --version`."""
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("--version", "-v"):
         print(VERSION)
