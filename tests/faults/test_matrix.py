@@ -58,7 +58,7 @@ def play(host: GpuHost, variables: dict[str, object]) -> Result:
 
 @dataclass
 class Row:
-    """One fault, and what must come of it."""
+    """One fault and its expected result."""
 
     fault: str
     reports: str  # a regular expression, which only this fault's message matches
@@ -94,7 +94,7 @@ def divide_both(*cards: dict[str, object]) -> None:
 
 
 def while_it_runs(line_with: str, act: Step) -> Run:
-    """Start the play, act once when a line with these words shows, and let it end."""
+    """Start the play, act at its first line with this text, and let it end."""
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
         words = ["ansible-playbook", "serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables})]
@@ -119,7 +119,7 @@ def while_it_runs(line_with: str, act: Step) -> Run:
 
 
 def docker_away(host: GpuHost) -> None:
-    """As an upgrade of Docker's package does; the play goes on meanwhile."""
+    """Stop Docker for 8 s while the play continues, as an upgrade of its package does."""
     gpuhost("engine", host.name, "stop")
     threading.Timer(8, lambda: gpuhost("engine", host.name, "start")).start()
 
@@ -143,7 +143,7 @@ def killed(line_with: str, changed: str = ".env") -> Run:
 
 
 def two_plays(host: GpuHost, variables: dict[str, object]) -> Result:
-    """A second play while the first one waits, as it does for as long as the fault is there."""
+    """Run a second play while the first one waits for the end of the fault."""
     results: list[Result] = []
 
     def second(host: GpuHost) -> None:
@@ -251,7 +251,7 @@ ROWS = [
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
     Row("Docker Engine stopped", "The Docker engine is not running", simulate("engine", "stop"), cure=restart_docker),
     Row("Docker Engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", simulate("engine", "stop")),
-        # Nothing can be put back without an engine; when it is back, it starts what it had.
+        # Without Docker nothing can be restored; once it runs again it starts its last container.
         cure=restart_docker, serves="1"),
     Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", simulate("engine", "restart", "--no-nvidia"), cure=restart_docker),
     Row("Compose too old", "The Compose plugin is 2.10.0; 2.18 or newer is needed", on_host(OLD_COMPOSE),
@@ -346,7 +346,7 @@ ROWS = [
 
 
 def digests(host: GpuHost) -> dict[str, str]:
-    """The service's files: their checksums, modes, owners, groups, times and where they link to."""
+    """The service's files: checksums, modes, owners, groups, times and link targets."""
     listing = host.ssh.run(
         f"cd {DIRECTORY} && for f in {' '.join(FILES)}; do echo $f $(md5sum <$f) $(stat -c '%a %u %g %Y %F' $f) $(readlink $f); done"
     ).stdout

@@ -21,7 +21,7 @@ COMPOSE = "docker compose --file docker-compose.serving.yml --env-file .env"
 
 
 def tear_down(host: GpuHost, *arguments: str, **variables: object) -> Result:
-    """Tear down; the output in one line, as Ansible breaks it anywhere."""
+    """Tear down; return the output without line breaks, which Ansible sets anywhere."""
     result = host.play("playbooks/teardown.yml", *arguments, **variables)
     return Result(result.code, " ".join(result.output.split()))
 
@@ -164,7 +164,7 @@ def test_a_stalled_play_leaves_the_server_of_the_next_play_alone(
         before = (served.container(), served.files())
     output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
     assert play.returncode != 0
-    # By a step that only reads, or by one that changes something.
+    # The messages of a step that only reads, and of one that changes something.
     assert re.search(
         "[Aa]nother play has taken over|has taken this host's lock, because this play had stalled", output
     )
