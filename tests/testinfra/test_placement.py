@@ -1,7 +1,7 @@
-"""The server is on the requested GPU and on no other, and it answers.
+"""The server runs on the requested GPU and on no other, and it answers.
 
-These tests read nvidia-smi, docker and /proc themselves, and then compare with
-the referee: a referee that reports something else is found out here.
+These tests check that with nvidia-smi, docker and /proc before they compare with
+the referee, so that a wrong verdict of the referee is caught.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ class Card(NamedTuple):
 
 @pytest.fixture(scope="module")
 def requested() -> str:
-    """The GPU that the last play requested, as the scenario recorded it."""
-    return (
-        (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "requested").read_text(encoding="utf-8").strip()
-    )
+    """The GPU that the last play requested, as recorded by the scenario."""
+    return (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "requested").read_text(encoding="utf-8").strip()
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +47,14 @@ def container(host: Host) -> dict[str, Any]:
 
 
 def get(host: Host, path: str, *options: str) -> tuple[int, str]:
-    words = " ".join(options)
-    out = host.check_output(f"curl -sS -m 10 -w '\\n%{{http_code}}' {words} http://127.0.0.1:8000{path}")
+    out = host.check_output(
+        f"curl -sS -m 10 -w '\\n%{{http_code}}' {' '.join(options)} http://127.0.0.1:8000{path}"
+    )
     body, _, code = out.rpartition("\n")
     return int(code), body
 
 
-def test_the_container_requests_that_card_alone(container: dict[str, Any], requested: str) -> None:
+def test_the_container_requests_only_that_card(container: dict[str, Any], requested: str) -> None:
     (request,) = container["HostConfig"]["DeviceRequests"]
     assert request["Driver"] == "nvidia"
     assert request["DeviceIDs"] == [requested]
@@ -63,7 +62,7 @@ def test_the_container_requests_that_card_alone(container: dict[str, Any], reque
     assert request["Capabilities"] == [["gpu"]]
 
 
-def test_its_processes_are_on_that_card_and_no_other(
+def test_its_processes_use_only_that_card(
     host: Host, container: dict[str, Any], requested_card: Card
 ) -> None:
     listing = host.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
@@ -71,13 +70,13 @@ def test_its_processes_are_on_that_card_and_no_other(
     pids = {pid for pid in host.check_output(f"docker top {CONTAINER} -eo pid").split() if pid.isdigit()}
     own = {uuid for uuid, pid in (row.split(", ") for row in rows) if pid in pids}
     assert own == {requested_card.uuid}
-    # The same by another way: the cgroup of every process on any card.
+    # Independently of docker top: the cgroup of every process on a card.
     for uuid, pid in (row.split(", ") for row in rows):
         if container["Id"] in host.check_output(f"cat /proc/{pid}/cgroup"):
             assert uuid == requested_card.uuid
 
 
-def test_inside_it_sees_that_card_alone(host: Host, requested_card: Card) -> None:
+def test_it_sees_only_that_card(host: Host, requested_card: Card) -> None:
     seen = host.check_output(f"docker exec {CONTAINER} nvidia-smi --query-gpu=uuid --format=csv,noheader")
     assert seen.split() == [requested_card.uuid]
 
@@ -93,11 +92,11 @@ def test_the_api_answers(host: Host) -> None:
     assert json.loads(body)["choices"][0]["text"]
 
 
-def test_only_loopback_listens(host: Host) -> None:
+def test_it_listens_only_on_loopback(host: Host) -> None:
     assert host.check_output(f"docker port {CONTAINER}").strip() == "8000/tcp -> 127.0.0.1:8000"
 
 
-def test_the_referee_agrees_and_knows_the_other_card(host: Host, requested: str, cards: list[Card]) -> None:
+def test_the_referee_agrees_about_both_cards(host: Host, requested: str, cards: list[Card]) -> None:
     for card in cards:
         verdict = host.run(f"{DIRECTORY}/check_gpu_allocation.sh --json --expect {card.uuid}")
         expected = (0, "ok") if requested in card else (1, "misplaced")
@@ -108,7 +107,7 @@ def test_the_report_for_a_person_has_its_four_parts(host: Host, requested_card: 
     report = host.check_output(f"{DIRECTORY}/check_gpu_allocation.sh")
     for card_model in ("RTX 5090", "RTX 5060 Ti"):
         assert card_model in report
-    assert f"asked for: '{requested_card.number}'" in report
+    assert f"requested: '{requested_card.number}'" in report
     assert "VLLM::EngineCor" in report
     assert f"runs on GPU {requested_card.number}" in report
 
@@ -124,11 +123,11 @@ def test_the_installed_files(host: Host, name: str, mode: int) -> None:
     assert file.user == "root"
 
 
-def test_the_env_file_names_it(host: Host, requested: str) -> None:
+def test_the_env_file_names_that_card(host: Host, requested: str) -> None:
     assert f"GPU_DEVICE_ID={requested}\n" in host.file(f"{DIRECTORY}/.env").content_string
 
 
-def test_the_container_is_kept_small(container: dict[str, Any]) -> None:
+def test_the_container_has_few_privileges_and_limits(container: dict[str, Any]) -> None:
     settings = container["HostConfig"]
     assert settings["CapDrop"] == ["ALL"]
     assert settings["SecurityOpt"] == ["no-new-privileges:true"]
