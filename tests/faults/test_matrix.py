@@ -312,7 +312,7 @@ ROWS = [
     Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
     Row("card swapped", "GPU 0 is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=simulate("cards", str(CARDS))),
     Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=simulate("cards", str(CARDS))),
-    Row("bad model, and both cards were divided into MIG instances meanwhile", "acme/does-not-exist is not a local folder and is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": "drift, mig"}, cure=simulate("cards", str(CARDS))),
+    Row("bad model, and both cards were divided into MIG instances meanwhile", "acme/does-not-exist is not a local folder and is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": "drift,mig"}, cure=simulate("cards", str(CARDS))),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, run=served_then_seen, succeeds=True),
     Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": f"pa$word-{PLANTED}"}, serves="1", changed=".env", succeeds=True),
     Row("an option in the extra arguments that the role sets itself", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
