@@ -15,24 +15,16 @@ def digest(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-MANIFEST = json.dumps(
-    {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
-        "config": {
-            "mediaType": "application/vnd.docker.container.image.v1+json",
-            "size": len(CONFIG),
-            "digest": digest(CONFIG),
-        },
-        "layers": [
-            {
-                "mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip",
-                "size": 1 << 20,
-                "digest": LAYER,
-            }
-        ],
-    }
-).encode()
+def blob(kind: str, size: int, name: str) -> dict[str, object]:
+    return {"mediaType": f"application/vnd.docker.{kind}", "size": size, "digest": name}
+
+
+MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+MANIFEST = json.dumps({
+    "schemaVersion": 2, "mediaType": MANIFEST_TYPE,
+    "config": blob("container.image.v1+json", len(CONFIG), digest(CONFIG)),
+    "layers": [blob("image.rootfs.diff.tar.gzip", 1 << 20, LAYER)],
+}).encode()  # fmt: skip
 
 
 class Registry(BaseHTTPRequestHandler):
@@ -44,7 +36,7 @@ class Registry(BaseHTTPRequestHandler):
         if self.path.endswith("/none"):
             body = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
         elif "/manifests/" in self.path:
-            body, kind = MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"
+            body, kind = MANIFEST, MANIFEST_TYPE
         elif self.path.endswith(digest(CONFIG)):
             body, kind = CONFIG, "application/octet-stream"
         elif self.path.endswith(LAYER):

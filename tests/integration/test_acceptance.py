@@ -11,6 +11,7 @@ import pytest
 from tests.gpu_host import CARDS, DIRECTORY, ROOT, GpuHost, gpuhost
 
 PLAYBOOK = "playbooks/acceptance.yml"
+REPLACE = {"vllm_gpu_acceptance_replace": "true"}
 
 
 @pytest.fixture
@@ -71,14 +72,10 @@ def test_a_server_is_replaced_only_after_a_yes_and_then_restored(served: GpuHost
     [
         (
             "true",
-            {"vllm_gpu_acceptance_replace": "true", "vllm_gpu_model": "acme/other"},
+            {**REPLACE, "vllm_gpu_model": "acme/other"},
             ["could not be put back afterwards", "VLLM_MODEL"],
         ),
-        (
-            f"rm -r {DIRECTORY}",
-            {"vllm_gpu_acceptance_replace": "true"},
-            ["could not be put back afterwards"],
-        ),
+        (f"rm -r {DIRECTORY}", REPLACE, ["could not be put back afterwards"]),
         ("docker rm -f vllm-server", {}, ["has files of a service that doesn't run"]),
     ],
     ids=["other settings", "no files", "no server"],

@@ -171,8 +171,7 @@ class Engine:
         return Reply(200, document)
 
     async def networks(self, request: Request, method: str, *words: str) -> Reply:
-        rows = self.thing("networks", request, method, words)
-        return Reply(201 if method == "POST" else 200, rows)
+        return Reply(201 if method == "POST" else 200, self.thing("networks", request, method, words))
 
     async def volumes(self, request: Request, method: str, *words: str) -> Reply:
         rows = self.thing("volumes", request, method, words)

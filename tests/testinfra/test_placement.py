@@ -26,7 +26,9 @@ class Card(NamedTuple):
 @pytest.fixture(scope="module")
 def requested() -> str:
     """The GPU that the last play requested, as recorded by the scenario."""
-    return (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "requested").read_text(encoding="utf-8").strip()
+    return (
+        (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "requested").read_text(encoding="utf-8").strip()
+    )
 
 
 @pytest.fixture(scope="module")
