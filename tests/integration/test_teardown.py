@@ -1,4 +1,4 @@
-"""What is removed, and whose it is; and a play that stalled, which must not remove or write anything."""
+"""What teardown removes and what it leaves; a stalled play must not change what the next one did."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 from tests.gpu_host import DIRECTORY, ROOT, GpuHost, Result
 
 LOCK = "/run/vllm_gpu.lock"
-COMPOSE = "docker compose --file docker-compose.serving.yml --env-file .env"
 
 
 def tear_down(host: GpuHost, *arguments: str, **variables: object) -> Result:
