@@ -146,12 +146,7 @@ class Host:
         for program in ("nvidia-smi", "docker"):
             (path / program).write_text(STAND_IN)
             (path / program).chmod(0o755)
-        self.answer(
-            gpus=cards(),
-            apps=apps((GPU1, 16911, 7688)),
-            inspect=container(),
-            top=top(16052, 16910, (16911, "VLLM::EngineCor")),
-        )
+        self.answer(gpus=cards(), apps=OURS, inspect=container(), top=TOP)
 
     def answer(self, **answers: Answer | str) -> Host:
         """Set what the calls `gpus`, `apps` and `list` of nvidia-smi and those of docker answer."""
@@ -162,14 +157,14 @@ class Host:
         return self
 
     def run(
-        self, *args: str | bytes, command: Sequence[str | Path] = (SCRIPT,), stdin: bytes = b"", **env: str
+        self, *args: str | bytes, command: Sequence[str | Path] = (SCRIPT,), stdin: str = "", **env: str
     ) -> Result:
         """Run the script on this host."""
         done = subprocess.run(
             [*command, *args],
             env={"PATH": f"{self.path}:/usr/bin:/bin", "TERM": "xterm"} | env,
             cwd="/",
-            input=stdin,
+            input=stdin.encode(),
             capture_output=True,
             timeout=45,
             check=False,
@@ -177,7 +172,7 @@ class Host:
         return Result(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 
     def judge(self, *args: str, **env: str) -> dict[str, Any]:
-        return self.run("--json", *args, stdin=b"", **env).json
+        return self.run("--json", *args, **env).json
 
     def cause(self, *args: str) -> str | None:
         """Return the cause of the verdict: none where the server is on the right card."""
@@ -205,6 +200,7 @@ INFOROM = "WARNING: infoROM is corrupted at gpu 0000:B3:00.0\n"
 WARNING = "WARNING: Error loading config file: permission denied\n"
 ROW = f"0, {GPU0}, 00000000:00:06.0, 143771, 527, 580.159.04, NVIDIA H200\n"
 OURS = apps((GPU1, 16911, 7688))
+TOP = top(16052, 16910, (16911, "VLLM::EngineCor"))
 BOTH = apps((GPU0, 16911, 7688)) + OURS
 ON_MIG = apps((MIG, 16911, 7688))
 ON0, ON1 = (f"GPU {n} (NVIDIA H200, {uuid})" for n, uuid in enumerate((GPU0, GPU1)))
@@ -218,7 +214,6 @@ SAME_NAMES = "".join(f"1, {uuid}, 00000000:00:07.0, 1, 0, 580.1, H200\n" for uui
 RENUMBERED = cards().replace("0, GPU", "X, GPU").replace("1, GPU", "0, GPU").replace("X, GPU", "1, GPU")
 SOCKET = "unix:///var/run/docker.sock"
 DENIED = f"permission denied while trying to connect to the Docker daemon socket at {SOCKET}"
-NEVER = "0001-01-01T00:00:00Z"
 NO_DAEMON = "Cannot connect to the Docker daemon"
 UNPARSABLE = "cannot parse the output of "
 REQUESTS: list[tuple[tuple[object, ...], dict[str, Any], str, str]] = [
@@ -374,7 +369,7 @@ VERDICTS: list[tuple[dict[str, Any], str, str | None, str]] = [
           ("dead", 255, ' with exit code 255.…docker logs…"exit_code": 255'),
           ("removing", 0, '.…docker logs…"exit_code": null'),
       )),
-    ({"inspect": container(status="created", started=NEVER)}, "", "container_not_running", '"started_at": null'),
+    ({"inspect": container(status="created", started="0001-01-01T00:00:00Z")}, "", "container_not_running", '"started_at": null'),
     ({"top": failed(f"container {CONTAINER} is not running")}, "", "container_not_running", "it is exited"),
     ({"top": failed(f"No such container: {CONTAINER}")}, "", "container_not_running", "it is exited"),
     ({"top": failed("Container x is restarting, wait until")}, "", "container_not_running", "it is restarting"),
@@ -647,6 +642,11 @@ def test_the_report_for_a_person(host: Host) -> None:
         assert f"requested: {line} 3. Its" in host.answer(inspect=inspect).run().flat
     host.answer(gpus=TWINS, inspect=container(GPU1[:-1]))
     assert f"requested: '{GPU1[:-1]}' = not known" in host.run().flat
+    report = host.answer(gpus=Answer(NO_DRIVER, 9), inspect=failed(NO_DAEMON)).run().flat
+    assert report.startswith(
+        "1. GPUs of this machine not known 2. The container and the GPUs it requested not known"
+    )
+    assert "4. Verdict UNKNOWN: The NVIDIA driver is not loaded." in report
 
 
 def test_it_reports_for_how_long_the_server_has_been_loading(host: Host) -> None:
@@ -913,7 +913,7 @@ def test_the_name_of_another_process_is_read_from_the_kernel(host: Host) -> None
 
 def test_read_from_standard_input(host: Host) -> None:
     """As `ssh host bash -s -- --json --expect 1 < check_gpu_allocation.sh` does."""
-    script = SCRIPT.read_bytes() + b"\necho never reached\n"
+    script = SCRIPT.read_text() + "\necho never reached\n"
     result = host.run("--json", "--expect", "1", command=("bash", "-s", "--"), stdin=script)
     assert result.err == ""
     assert result.json["verdict"] == "ok"
@@ -921,16 +921,16 @@ def test_read_from_standard_input(host: Host) -> None:
 
 def test_an_error_in_the_script_is_no_verdict(host: Host) -> None:
     """Bash exits with 1 after an unbound variable; 1 would mean "on a wrong card"."""
-    script = SCRIPT.read_bytes().replace(b"judge() {\n", b'judge() {\n: "$no_such_variable"\n', 1)
+    script = SCRIPT.read_text().replace("judge() {\n", 'judge() {\n: "$no_such_variable"\n', 1)
     result = host.run(command=("bash", "-s"), stdin=script)
     assert "no_such_variable: unbound" in result.err
     assert result.code == 3
 
 
 def test_nothing_reads_standard_input(host: Host) -> None:
-    host.answer(apps="", inspect=failed("No such container")).run("--deep", stdin=b"the script's own text")
-    host.answer(inspect=container()).run("--deep", stdin=b"the script's own text")
-    host.run("--project", "vllm", stdin=b"the script's own text")
+    host.answer(apps="", inspect=failed("No such container")).run("--deep", stdin="the script's own text")
+    host.answer(inspect=container()).run("--deep", stdin="the script's own text")
+    host.run("--project", "vllm", stdin="the script's own text")
     assert (host.path / "stdin").read_bytes() == b""
     calls = {call.split()[1] for call in host.calls if call.startswith("docker")}
     assert calls == {"inspect", "top", "ps", "exec"}
