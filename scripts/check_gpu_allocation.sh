@@ -23,13 +23,10 @@ verdict=unknown code=3 cause='' message='' cure=''
 # A value of a card or a process that cannot be read is empty.
 gpu_index=() gpu_uuid=() gpu_bus=() gpu_total=() gpu_used=() gpu_driver=() gpu_name=() odd_gpu=''
 app_uuid=() app_pid=() app_memory=() app_index=() app_name=() app_own=() app_row=() listed=false
-mig_list=() # exit code, output and error of "nvidia-smi -L" if it may have omitted an instance
-mig_read=0
+mig_read=0 mig_list=() # exit code, output and error of "nvidia-smi -L" if it may have omitted an instance
 up='cd /opt/vllm-gpu && docker compose -f docker-compose.serving.yml up -d' # in the server's directory
-id='' status='' health='' exit_code='' started='' image='' directory='' pids=()
-requested=() requested_count=0
-notes=() # what should be known besides the verdict
-visible_uuids=() not_visible_why=''
+id='' status='' health='' exit_code='' started='' image='' directory='' pids=() requested=() requested_count=0
+notes=() visible_uuids=() not_visible_why=''
 expected_id='' expected_uuid=''  # the expected GPU as it was named, and its UUID
 declare -A slot_of=() comm_of=() # UUID of a GPU or MIG instance: its card's place in gpu_…; own PID: its name
 
@@ -66,8 +63,7 @@ parse_options() {
   while (($#)); do
     option=${1%%=*} value=${1#*=}
     case $1 in
-      --json | --help | --quiet | --deep | --no-drift) ;;
-      --expect=* | --container=* | --project=* | --timeout=*) ;;
+      --json | --help | --quiet | --deep | --no-drift | --expect=* | --container=* | --project=* | --timeout=*) ;;
       --expect | --container | --project | --timeout)
         (($# > 1)) || usage_error "$1 needs a value."
         value=$2
@@ -392,7 +388,6 @@ docker_unparsable() { # COMMAND, and in $lines what it printed
 }
 
 no_such_container() { # SENTENCE; adds which containers there are
-  lines=()
   call docker ps -a --filter label=com.docker.compose.service --format '{{.Names}}'
   split "$out"
   problem no_such_container "$1${lines[0]+". Compose containers here: ${lines[*]:0:8}"}." \
@@ -487,7 +482,7 @@ add_request() { # an id as JSON; NVIDIA's runtime also accepts several in one, s
 not_running() {
   local next="Run 'docker logs --tail 50 $container' to see why, and '$up' to start it."
   case $status in
-    created) next="It was never started, usually because the Docker Engine refused the GPU: run 'docker start $container' to see why." ;;
+    created) next="It was never started, usually because the Docker Engine refused the GPU: see 'docker start $container'." ;;
     restarting) next="It keeps failing: run 'docker logs --tail 50 $container' to see why." ;;
     paused) next="It still holds its GPU memory: run 'docker unpause $container' to resume it." ;;
   esac
@@ -884,11 +879,8 @@ print_container() {
     name_requested "$gpu"
     print_wrapped "requested: '$gpu' = $REPLY"
   done
-  if ((requested_count)); then
-    print_wrapped "requested: a number of GPUs (${requested_count/#-1/all})"
-  elif ((!${#requested[@]})); then
-    print_wrapped 'requested: no GPU'
-  fi
+  ((!requested_count)) || print_wrapped "requested: a number of GPUs (${requested_count/#-1/all})"
+  ((requested_count || ${#requested[@]})) || print_wrapped 'requested: no GPU'
 }
 
 print_report() {
@@ -932,8 +924,7 @@ main() {
   if type -P docker >/dev/null; then
     engine_is_local && read_container
   else
-    problem docker_missing 'The docker command is not installed.' \
-      'Install the Docker CLI, or run this script on the GPU host.'
+    problem docker_missing 'The docker command is not installed.' 'Install the Docker CLI, or run this script on the GPU host.'
   fi
   docker_side=("$cause" "$message" "$cure") cause='' message='' cure=''
   if [[ ! $gpus ]]; then
