@@ -482,7 +482,7 @@ add_request() { # an id as JSON; NVIDIA's runtime also accepts several in one, s
 not_running() {
   local next="Run 'docker logs --tail 50 $container' to see why, and '$up' to start it."
   case $status in
-    created) next="It was never started, usually because the Docker Engine refused the GPU: see 'docker start $container'." ;;
+    created) next="It was never started, usually because the Docker Engine refused the GPU: 'docker start $container' shows why." ;;
     restarting) next="It keeps failing: run 'docker logs --tail 50 $container' to see why." ;;
     paused) next="It still holds its GPU memory: run 'docker unpause $container' to resume it." ;;
   esac
