@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The options that modules share."""
+"""Documentation of the options that modules share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ModuleDocFragment:
     WANTED = r"""
 options:
   wanted:
-    description: What the host should have; C(roles/vllm_gpu/vars/main/wanted.yml) puts it together.
+    description: What the host should have, from C(roles/vllm_gpu/vars/main/wanted.yml).
     type: dict
     required: true
     suboptions:
@@ -27,15 +27,15 @@ options:
         type: str
         required: true
       env_example:
-        description: Content that a C(.env) starts from where the host has none.
+        description: Content of a new C(.env), before the role's keys are set.
         type: str
         required: true
       env:
-        description: Keys and values of C(.env) that the role decides.
+        description: Keys and values of C(.env) that the role sets.
         type: dict
         required: true
       extra_args:
-        description: More arguments of vLLM, as a list of words or one text.
+        description: More arguments of vLLM, as a list or one text.
         type: raw
         default: []
       server_env:
@@ -43,7 +43,7 @@ options:
         type: dict
         default: {}
       secrets:
-        description: Keys and values of C(.env) that may never be shown.
+        description: Keys and values of C(.env) that must never be shown.
         type: dict
         default: {}
       secret_env:
@@ -63,9 +63,7 @@ options:
     LOCK = r"""
 options:
   lock:
-    description:
-      - The play that holds the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
-      - A step renews the lock, and fails where another play has taken it.
+    description: The play that holds the host's lock, which this renews; fails where another play has taken it.
     type: str
 """
 
@@ -74,20 +72,18 @@ options:
   gpu_device_id:
     description:
       - Index, UUID or PCI bus id of the GPU, or UUID of the MIG instance, that the server must be on.
-      - When left out, the one that the server's container itself requested.
+        By default the one that the server's container requested.
     type: str
   as_installed:
-    description:
-      - Judge the server by the files that the host has, instead of comparing them with O(wanted).
+    description: Judge the server by the installed files instead of O(wanted).
     type: bool
     default: false
   as_running:
-    description:
-      - Judge the server by what its own container was made from, whatever the files say.
+    description: Judge the server by what its own container was created from, whatever the files contain.
     type: bool
     default: false
   force:
-    description: Checks to leave out.
+    description: Checks to skip.
     type: list
     elements: str
     choices: [drift, exposure, irreversible, mig, training]

@@ -1,20 +1,20 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: MIT
-"""Ansible module: keep a host as it was found, and put it back."""
+"""Ansible module: take a snapshot of a host before a change, and restore it."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_snapshot
-short_description: Keep a host as it was found before a change, and put it back when the change fails
+short_description: Take a snapshot of a host before a change, and restore it when the change fails
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - With O(state=taken), keeps the files of the service, the meaning of its images' names, and all that the Docker
-    Engine knows of its container, in C(.proven), which only root can read. Refuses where the container could not be
-    made again. Where a change was interrupted, what that one had kept stays, as the host was whole then.
-  - With O(state=restored), puts it all back, and waits for a Docker Engine that is being restarted. Starts nothing.
+  - With O(state=taken), saves the files of the service, the ids of its images, and all that C(docker inspect) shows of
+    its container in C(.proven), which only root can read. Refuses where the container could not be created again.
+    The snapshot of an interrupted change stays, as the host was complete then.
+  - With O(state=restored), restores everything, and waits for a Docker Engine that is restarting. Starts nothing.
   - With O(state=started), starts the container where it ran before and doesn't now.
-  - With O(state=dropped), forgets what was kept.
+  - With O(state=dropped), removes the snapshot.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.project_dir
   - mlops.vllm_gpu.server.lock
@@ -27,16 +27,16 @@ options:
     choices: [taken, restored, started, dropped]
     required: true
   images:
-    description: Names of images whose meaning to keep, besides those of the container and of what was proven.
+    description: Names of more images whose ids to save.
     type: list
     elements: str
     default: []
   proven:
-    description: Whether the server that runs is proven; for O(state=taken).
+    description: Whether the running server is proven; for O(state=taken).
     type: bool
     default: false
   force:
-    description: Refusals to override; V(irreversible) lets a container be replaced that could not be made again.
+    description: V(irreversible) allows replacing a container that could not be created again.
     type: list
     elements: str
     default: []
@@ -47,7 +47,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Keep the host as it is
+- name: Take a snapshot of the host
   mlops.vllm_gpu.server_snapshot:
     state: taken
     project_dir: /opt/vllm-gpu
@@ -56,21 +56,21 @@ EXAMPLES = r"""
 
 RETURN = r"""
 interrupted:
-  description: When the change was started whose end this host never saw, and whose beginning is gone back to; or empty.
+  description: When the interrupted change was started whose snapshot this is; or empty.
   returned: for O(state=taken) and O(state=restored)
   type: str
 restored:
-  description: What was put back.
+  description: What was restored.
   returned: for O(state=restored)
   type: list
   elements: str
 removed:
-  description: What the change had made, and was removed.
+  description: What the change had created, and was removed.
   returned: for O(state=restored) and O(state=dropped)
   type: list
   elements: str
 volumes:
-  description: Volumes that the change has made, and that stay.
+  description: Volumes that the change has created, and that stay.
   returned: for O(state=restored)
   type: list
   elements: str
@@ -96,18 +96,18 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker, lock
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import failing, hidden
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
-# How long a Docker Engine may be away, as for a restart; seconds.
+# How long to wait for a Docker Engine that restarts; seconds.
 _AWAY = 60
 
 
 def take(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the host as it is, unless it could not be put back."""
+    """Take a snapshot, unless it could not be restored."""
     kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
     reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
     if reasons:
         raise Problem(
-            f"The server that is there could not be put back if the change failed: {', and '.join(reasons)}. To "
-            "replace it all the same, set vllm_gpu_force: [irreversible]."
+            f"The current server could not be restored if the change failed: {', and '.join(reasons)}. To "
+            "replace it anyway, set vllm_gpu_force: [irreversible]."
         )
     with lock.holding(params["lock"]):
         snapshot.save(kept)
@@ -115,18 +115,18 @@ def take(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Put everything back; what can't be is reported in the end, all at once."""
+    """Restore everything; failures are reported together at the end."""
     kept = snapshot.load(params["project_dir"])
     if kept is None:
         raise Problem(
-            f"Nothing was kept to go back to: {snapshot.path_in(params['project_dir'])} does not exist."
+            f"There is no snapshot to restore: {snapshot.path_in(params['project_dir'])} does not exist."
         )
-    # The files don't need the engine, and come back whatever has become of it.
+    # Files first: they don't need the Docker Engine.
     with lock.holding(params["lock"], lock.LEASE + _AWAY):
         files = restoration.restore_files(kept)
     failed = list(files.failed)
     made, start = restoration.Outcome([], [], []), False
-    # The engine may go away once more, in the middle of it; what was done by then stays done.
+    # The Docker Engine may restart once more in between; finished steps stay done.
     for last in (False, True):
         try:
             restoration.wait_for_engine(_AWAY)
@@ -147,13 +147,14 @@ def restore(params: Mapping[str, Any]) -> dict[str, Any]:
     }
     failed += made.failed
     if failed:
-        # What else is not as it was must not keep the server from running.
+        # Other failures must not keep the server from running.
         if start:
             with contextlib.suppress(Problem), lock.holding(params["lock"]):
                 restoration.wait_for_memory()
                 restoration.start()
-                failed.append("The server that ran before was started again, and not waited for.")
-        # Docker and the file system have a say in these.
+                failed.append(
+                    "The previous server was started again; the play did not wait until it was ready."
+                )
         return dict(result, failed=True, msg=hidden(" ".join(failed), params["project_dir"]))
     return dict(
         result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(kept)
@@ -179,7 +180,7 @@ def start(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Forget what was kept."""
+    """Remove the snapshot."""
     with lock.holding(params["lock"]):
         return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
 
