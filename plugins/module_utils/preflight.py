@@ -13,13 +13,15 @@ import re
 import shutil
 from typing import Any, Callable, Mapping
 
-from . import advice, compose, container, docker, gpus, ports
+from . import advice, compose, container, docker, gpus, ports, shell
 from .identity import CHECKS as IDENTITY
 from .identity import Context
 from .settings import forced
 
 # vLLM's image takes about 10 GB compressed and 25 GB unpacked.
 IMAGE_BYTES = 25 * 10**9
+# How long a file system may take to answer; seconds.
+_FILE_SYSTEM = 5
 # Paths that answer without the API key.
 UNGUARDED = "/health, /metrics, /ping, /tokenize and /invocations"
 
@@ -187,13 +189,26 @@ def check_disk(context: Context) -> str | None:
     )
 
 
+def _is(test: str, path: str) -> bool | None:
+    """Return what `test -d` or `-e` finds; None where the file system hangs, such as NFS without its server."""
+    code = shell.run(["test", test, path], timeout=_FILE_SYSTEM).code
+    return None if code is None else code == 0
+
+
+def _binds(context: Context) -> list[Mapping[str, Any]]:
+    return [volume for volume in context.service.get("volumes") or [] if volume["type"] == "bind"]
+
+
 def check_caches(context: Context) -> str | None:
-    """A directory that is named for a cache or for models is there: Docker would make an empty one."""
-    missing = [
-        str(volume["source"])
-        for volume in context.service.get("volumes") or []
-        if volume["type"] == "bind" and not os.path.isdir(volume["source"])
-    ]
+    """Each directory for a cache or for models exists, as Docker would create an empty one."""
+    found = {str(volume["source"]): _is("-d", str(volume["source"])) for volume in _binds(context)}
+    hanging = [path for path, exists in found.items() if exists is None]
+    if hanging:
+        return (
+            f"The file system of {' and '.join(hanging)} gave no answer within {_FILE_SYSTEM} s. Check its mount, for "
+            "example whether its NFS server can be reached, and run the play again."
+        )
+    missing = [path for path, exists in found.items() if not exists]
     if not missing:
         return None
     return (
@@ -203,17 +218,14 @@ def check_caches(context: Context) -> str | None:
 
 
 def check_model(context: Context) -> str | None:
-    """A model that is named by its path is there."""
+    """A model that is given as a path exists."""
     model = str(context.service["command"][0])
-    for volume in context.service.get("volumes") or []:
+    for volume in _binds(context):
         inside = str(volume["target"]).rstrip("/") + "/"
-        if volume["type"] == "bind" and os.path.isdir(volume["source"]) and model.startswith(inside):
-            path = os.path.join(volume["source"], model[len(inside) :])
-            if not os.path.exists(path):
-                return (
-                    f"The model {model} is not on this host: there is no {path}. Copy it there, or correct "
-                    "vllm_gpu_model."
-                )
+        path = os.path.join(volume["source"], model[len(inside) :])
+        # check_caches reports a missing directory, and one that hangs.
+        if model.startswith(inside) and _is("-d", volume["source"]) and _is("-e", path) is False:
+            return f"The model {model} is not on this host: {path} does not exist. Copy it there, or correct vllm_gpu_model."
     return None
 
 

@@ -44,26 +44,26 @@ def load(project_dir: str, which: str) -> Proven | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Problem(_unusable(link, "it is no symbolic link")) from error
+        raise Problem(_unusable(link, "it is not a symbolic link")) from error
     if "/" in target or target in (".", ".."):
         raise Problem(_unusable(link, f"it leads to {target}"))
     directory = os.path.join(project_dir, PROVEN, target)
     try:
         found = {name: trust.read(os.path.join(directory, name)) for name in os.listdir(directory)}
         files = {name: file.content for name, file in found.items() if file is not None}
-        made = json.loads(files.pop(RECORD))
-        if not isinstance(made, dict):
+        proof = json.loads(files.pop(RECORD))
+        if not isinstance(proof, dict):
             raise TypeError
         del files[CARD]
         for key in _NEEDED:
-            made[key]
+            proof[key]
     except OSError as error:
         raise Problem(_unusable(link, f"{error.filename}: {error.strerror}")) from error
     except KeyError as error:
         raise Problem(_unusable(link, f"{error.args[0]} is missing in it")) from error
     except (ValueError, TypeError) as error:
         raise Problem(_unusable(link, f"its {RECORD} is not JSON of the expected form")) from error
-    return Proven(files, made)
+    return Proven(files, proof)
 
 
 def _unusable(link: str, why: str) -> str:

@@ -35,16 +35,16 @@ class Outcome(NamedTuple):
             self.failed.append(f"{error.filename or 'A file'} could not be written: {error.strerror}.")
 
 
-def restore_files(kept: Mapping[str, Any]) -> Outcome:
+def restore_files(saved: Mapping[str, Any]) -> Outcome:
     """Restore the files, and the links to the proven states."""
     done = Outcome([], [], [])
-    for path, before in kept["files"].items():
+    for path, before in saved["files"].items():
         with done.step():
             _restore_file(path, before, done)
-    for path, target in kept["links"].items():
+    for path, target in saved["links"].items():
         with done.step():
             _restore_link(path, target)
-    for directory in kept["missing"]:
+    for directory in saved["missing"]:
         with done.step():
             _clear(directory)
     return done
@@ -95,20 +95,20 @@ def _clear(directory: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
+def restore_engine(saved: Mapping[str, Any], done: Outcome) -> Outcome:
     """Restore the images' names, the container and its networks; start nothing."""
-    for image, wanted in kept["images"].items():
+    for image, wanted in saved["images"].items():
         with done.step():
             _restore_image(image, wanted, done)
     used: list[str] = []
     with done.step():
-        _remove_others(kept, used, done)
+        _remove_others(saved, used, done)
     # First, as these may hold the addresses of the old ones.
     with done.step():
-        _remove_networks(kept, used, done)
+        _remove_networks(saved, used, done)
     with done.step():
-        _make_networks(kept, done)
-        _restore_container(kept, done)
+        _make_networks(saved, done)
+        _restore_container(saved, done)
     return done
 
 
@@ -124,12 +124,12 @@ def _stop(found: Mapping[str, Any]) -> None:
     docker.do("stop", found["id"], timeout=found["stop_timeout"] + shell.TIMEOUT)
 
 
-def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
+def _remove_others(saved: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
     """Remove the containers that the change has created; add their networks to `networks`."""
-    here = os.path.realpath(kept["project_dir"])
+    here = os.path.realpath(saved["project_dir"])
     for found in container.find():
         if (
-            found["id"] == snapshot.container_id(kept)
+            found["id"] == snapshot.container_id(saved)
             or os.path.realpath(found["project_dir"] or "/") != here
         ):
             continue
@@ -139,20 +139,20 @@ def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) 
         done.removed.append("the container that failed")
 
 
-def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
+def _make_networks(saved: Mapping[str, Any], done: Outcome) -> None:
     """Create the networks again that the change has removed."""
     names = {
-        network["Name"] for network in snapshot.networks([network["Name"] for network in kept["networks"]])
+        network["Name"] for network in snapshot.networks([network["Name"] for network in saved["networks"]])
     }
-    for network in kept["networks"]:
+    for network in saved["networks"]:
         if network["Name"] not in names:
             engine.create_network(network)
             done.restored.append(f"the network {network['Name']}")
 
 
-def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
+def _remove_networks(saved: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
     """Remove the networks that the change has created."""
-    before = {network["Name"] for network in kept["networks"]}
+    before = {network["Name"] for network in saved["networks"]}
     for network in snapshot.networks(used):
         if (
             network["Name"] not in before
@@ -164,9 +164,9 @@ def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome
                 done.removed.append(f"the network {network['Name']}")
 
 
-def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
+def _restore_container(saved: Mapping[str, Any], done: Outcome) -> None:
     """Restore the container under its name; create it again where it is gone."""
-    before = kept["container"]
+    before = saved["container"]
     if before is None:
         return
     now = container.inspect(before["Id"])
@@ -199,9 +199,9 @@ def wait_for_engine(seconds: float) -> None:
             return
 
 
-def must_start(kept: Mapping[str, Any]) -> bool:
+def must_start(saved: Mapping[str, Any]) -> bool:
     """Return whether the container ran before and doesn't now."""
-    if not kept["container"] or not kept["container"]["State"]["Running"]:
+    if not saved["container"] or not saved["container"]["State"]["Running"]:
         return False
     now = container.inspect()
     return now is not None and not now["State"]["Running"]
@@ -224,6 +224,6 @@ def start() -> None:
     docker.do("start", CONTAINER, timeout=6 * shell.TIMEOUT)
 
 
-def new_volumes(kept: Mapping[str, Any]) -> list[str]:
+def new_volumes(saved: Mapping[str, Any]) -> list[str]:
     """Return the volumes that the change has created. They stay: they may hold hours of downloads."""
-    return [name for name in snapshot.volumes() if name not in kept["volumes"]]
+    return [name for name in snapshot.volumes() if name not in saved["volumes"]]

@@ -26,7 +26,7 @@ _LARGEST = 16 << 20
 # The files that a change may write, besides `.proven`.
 FILES = (paths.COMPOSE_FILE, paths.ENV_FILE, paths.REFEREE)
 # The keys of a snapshot.
-_KEPT = {
+_KEYS = {
     *("project_dir", "taken_at", "interrupted", "missing", "files", "links", "images", "container"),
     *("networks", "volumes", "proven"),
 }
@@ -44,35 +44,35 @@ def load(project_dir: str) -> dict[str, Any] | None:
     if found is None:
         return None
     try:
-        kept = dict(json.loads(found.content))
-        if not kept.keys() >= _KEPT:
+        saved = dict(json.loads(found.content))
+        if not saved.keys() >= _KEYS:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise Problem(
             f"{path}, the snapshot of this host before an interrupted change, can't be read. Remove it with `rm {path}`; "
             "the next change then starts from the host as it is now."
         ) from error
-    return kept
+    return saved
 
 
-def save(kept: Mapping[str, Any]) -> None:
+def save(saved: Mapping[str, Any]) -> None:
     """Write the snapshot, which only root can read."""
-    path = path_in(kept["project_dir"])
-    os.makedirs(os.path.dirname(kept["project_dir"]), mode=0o755, exist_ok=True)
-    os.makedirs(kept["project_dir"], mode=0o755, exist_ok=True)
+    path = path_in(saved["project_dir"])
+    os.makedirs(os.path.dirname(saved["project_dir"]), mode=0o755, exist_ok=True)
+    os.makedirs(saved["project_dir"], mode=0o755, exist_ok=True)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     trust.check(path)
-    atomic.write(path, json.dumps(kept).encode(), 0o600)
+    atomic.write(path, json.dumps(saved).encode(), 0o600)
 
 
 def drop(project_dir: str) -> list[str]:
     """Remove the snapshot; return the directories that existed only for it, and are removed as well."""
-    kept = load(project_dir)
-    if kept is None:
+    saved = load(project_dir)
+    if saved is None:
         return []
     os.unlink(path_in(project_dir))
     removed = []
-    for directory in sorted(kept["missing"], key=len, reverse=True):
+    for directory in sorted(saved["missing"], key=len, reverse=True):
         with contextlib.suppress(OSError):
             os.rmdir(directory)
             removed.append(directory)
@@ -100,12 +100,12 @@ def take(project_dir: str, images: Sequence[str], *, proven: bool) -> dict[str, 
 
 def note_written(project_dir: str, contents: Mapping[str, bytes]) -> None:
     """Note what a change is about to write, to tell it from what people write after the change was killed."""
-    kept = load(project_dir)
-    if kept is None:
+    saved = load(project_dir)
+    if saved is None:
         return
     for path, content in contents.items():
-        kept.setdefault("written", {}).setdefault(path, []).append(_digest(content))
-    save(kept)
+        saved.setdefault("written", {}).setdefault(path, []).append(_digest(content))
+    save(saved)
 
 
 def _digest(content: bytes) -> str:
@@ -113,7 +113,7 @@ def _digest(content: bytes) -> str:
 
 
 def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return the files that somebody has edited since the change that kept `older` was interrupted."""
+    """Return the files that somebody has edited since the interrupted change took the snapshot `older`."""
     return [
         path
         for path, before in older["files"].items()
@@ -134,9 +134,9 @@ def _over(older: Mapping[str, Any], found: Mapping[str, Any], *, proven: bool) -
     return proven and container_id(older) != container_id(found)
 
 
-def container_id(kept: Mapping[str, Any]) -> str | None:
+def container_id(saved: Mapping[str, Any]) -> str | None:
     """Return the id of the container in a snapshot."""
-    return kept["container"]["Id"] if kept["container"] else None
+    return saved["container"]["Id"] if saved["container"] else None
 
 
 def _as_found(project_dir: str, images: Sequence[str]) -> dict[str, Any]:
@@ -203,9 +203,9 @@ def volumes() -> list[str]:
     return sorted((docker.ask(["volume", "ls", "--quiet", "--filter", label]) or "").split())
 
 
-def obstacles(kept: Mapping[str, Any]) -> list[str]:
+def obstacles(saved: Mapping[str, Any]) -> list[str]:
     """Return why the container in a snapshot could not be created again."""
-    before = kept["container"]
+    before = saved["container"]
     if before is None:
         return []
     host, found = before["HostConfig"], []

@@ -19,12 +19,8 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 attributes:
-  check_mode:
-    description: Writes nothing and returns what it would write.
-    support: full
-  diff_mode:
-    description: Shows the changes; of C(.env) only the keys that the role sets, with secrets hidden.
-    support: full
+  check_mode: {support: full, description: Writes nothing and returns what it would write.}
+  diff_mode: {support: full, description: "Shows the changes; of C(.env) only the keys that the role sets, with secrets hidden."}
 """
 
 EXAMPLES = r"""
@@ -34,11 +30,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-written:
-  description: Files that were written, or would be in check mode.
-  returned: always
-  type: list
-  elements: str
+written: {returned: always, type: list, elements: str, description: "Files that were written, or would be in check mode."}
 removed:
   description: Leftovers of killed plays that were removed, or would be in check mode.
   returned: always

@@ -27,23 +27,14 @@ options:
     description: Where the server is not proven, also check all that a change needs; RV(problems) has the result.
     type: bool
     default: false
-  training_gpus:
-    description: Ids of the GPUs that are set aside for training.
-    type: list
-    elements: str
-    default: []
+  training_gpus: {type: list, elements: str, default: [], description: Ids of the GPUs that are set aside for training.}
   waiting:
     description: Whether the play only waits and reads the host every few seconds, so that a short lease is enough.
     type: bool
     default: false
-  log_lines:
-    description: How many of the last lines of the container's log to return.
-    type: int
-    default: 0
+  log_lines: {type: int, default: 0, description: How many of the last lines of the container's log to return.}
 attributes:
-  check_mode:
-    description: Only reads, in every mode.
-    support: full
+  check_mode: {support: full, description: "Only reads, in every mode."}
 """
 
 EXAMPLES = r"""
@@ -55,104 +46,41 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-problems:
-  description: Reasons not to change anything, each with its fix.
-  returned: always
-  type: list
-  elements: str
-gpus:
-  description: The host's GPUs, as the referee reads them.
-  returned: always
-  type: list
-  elements: dict
-gpu:
-  description: The GPU that C(gpu_device_id) names.
-  returned: always
-  type: dict
+problems: {returned: always, type: list, elements: str, description: "Reasons not to change anything, each with its fix."}
+gpus: {returned: always, type: list, elements: dict, description: "The host's GPUs, as the referee reads them."}
+gpu: {returned: always, type: dict, description: The GPU that C(gpu_device_id) names.}
 gpu_device_id:
   description: Its index or UUID; null where C(gpu_device_id) was not given or is refused.
   returned: always
   type: str
-changes:
-  description: What would change, as short sentences.
-  returned: always
-  type: list
-  elements: str
-files_differ:
-  description: Whether a file of the service differs.
-  returned: always
-  type: bool
-recreate:
-  description: Whether the container differs.
-  returned: always
-  type: bool
+changes: {returned: always, type: list, elements: str, description: "What would change, as short sentences."}
+files_differ: {returned: always, type: bool, description: Whether a file of the service differs.}
+recreate: {returned: always, type: bool, description: Whether the container differs.}
 action:
   description: What brings the server up (create, recreate, move, replace, wait or nothing).
   returned: always
   type: str
-image:
-  description: The image that the server runs from.
-  returned: always
-  type: str
-image_present:
-  description: Whether the Docker Engine has that image.
-  returned: always
-  type: bool
+image: {returned: always, type: str, description: The image that the server runs from.}
+image_present: {returned: always, type: bool, description: Whether the Docker Engine has that image.}
 container:
   description: The server's container, without its environment; null where there is none.
   returned: always
   type: dict
-referee:
-  description: The referee's verdict.
-  returned: always
-  type: dict
-api:
-  description: The API's address, its models, and what is wrong with it (C(error)).
-  returned: always
-  type: dict
-last_proven:
-  description: The record of the last proven state, or null.
-  returned: always
-  type: dict
-recorded:
-  description: Whether that is what runs now.
-  returned: always
-  type: bool
-proof:
-  description: What is proven now, for M(mlops.vllm_gpu.server_record).
-  returned: always
-  type: dict
-doubts:
-  description: Reasons why the server is not proven, the most basic first.
-  returned: always
-  type: list
-  elements: str
-notes:
-  description: What the operator should know besides.
-  returned: always
-  type: list
-  elements: str
-unanswered:
-  description: Whether the Docker Engine did not answer, as during its restart.
-  returned: always
-  type: bool
-serving:
-  description: Whether the running server answers where its own settings say.
-  returned: always
-  type: bool
-project:
-  description: The Compose project that the wanted server belongs to.
-  returned: always
-  type: str
+referee: {returned: always, type: dict, description: The referee's verdict.}
+api: {returned: always, type: dict, description: "The API's address, its models, and what is wrong with it (C(error))."}
+last_proven: {returned: always, type: dict, description: "The record of the last proven state, or null."}
+recorded: {returned: always, type: bool, description: Whether that is what runs now.}
+proof: {returned: always, type: dict, description: "What is proven now, for M(mlops.vllm_gpu.server_record)."}
+doubts: {returned: always, type: list, elements: str, description: "Reasons why the server is not proven, the most basic first."}
+notes: {returned: always, type: list, elements: str, description: What the operator should know besides.}
+unanswered: {returned: always, type: bool, description: "Whether the Docker Engine did not answer, as during its restart."}
+serving: {returned: always, type: bool, description: Whether the running server answers where its own settings say.}
+project: {returned: always, type: str, description: The Compose project that the wanted server belongs to.}
 proven:
   description: Whether the wanted server runs, on the wanted GPU and no other, and answers.
   returned: always
   type: bool
-log:
-  description: The last lines of the container's log.
-  returned: always
-  type: list
-  elements: str
+log: {returned: always, type: list, elements: str, description: The last lines of the container's log.}
 """
 
 from typing import Any, Mapping

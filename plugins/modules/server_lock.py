@@ -15,26 +15,15 @@ description:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  state:
-    description: Whether to take or to release the lock.
-    type: str
-    choices: [held, released]
-    required: true
-  run:
-    description: The play that releases the lock, or takes it again, as RV(run) named it.
-    type: str
+  state: {type: str, choices: [held, released], required: true, description: Whether to take or to release the lock.}
+  run: {type: str, description: "The play that releases the lock, or takes it again, as RV(run) named it."}
   again:
     description: Take it only if no other play has had it since O(run), as restoring would overwrite that play's server.
     type: bool
     default: false
-  who:
-    description: The name that other plays see.
-    type: str
-    default: another play
+  who: {type: str, default: another play, description: The name that other plays see.}
 attributes:
-  check_mode:
-    description: Takes nothing.
-    support: full
+  check_mode: {support: full, description: Takes nothing.}
 """
 
 EXAMPLES = r"""
@@ -45,18 +34,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-run:
-  description: The name of the play that holds the lock.
-  returned: always
-  type: str
-held_by:
-  description: Who holds the lock.
-  returned: when another play does, or has had it since
-  type: str
-waited:
-  description: Seconds waited for the lock of a play that was killed.
-  returned: always
-  type: int
+run: {returned: always, type: str, description: The name of the play that holds the lock.}
+held_by: {returned: when another play does, or has had it since, type: str, description: Who holds the lock.}
+waited: {returned: always, type: int, description: Seconds waited for the lock of a play that was killed.}
 """
 
 import time

@@ -20,18 +20,10 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  state:
-    description: Whether to save or to restore.
-    type: str
-    choices: [saved, restored]
-    required: true
-  proof:
-    description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
-    type: dict
+  state: {type: str, choices: [saved, restored], required: true, description: Whether to save or to restore.}
+  proof: {type: dict, description: "What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved)."}
 attributes:
-  check_mode:
-    description: Writes nothing and returns what it would do.
-    support: full
+  check_mode: {support: full, description: Writes nothing and returns what it would do.}
 """
 
 EXAMPLES = r"""
@@ -43,19 +35,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-found:
-  description: Whether a proven state was saved, or existed.
-  returned: always
-  type: bool
-record:
-  description: The record of the saved or restored state.
-  returned: always
-  type: dict
-restored:
-  description: Paths of the restored files.
-  returned: always
-  type: list
-  elements: str
+found: {returned: always, type: bool, description: "Whether a proven state was saved, or existed."}
+record: {returned: always, type: dict, description: The record of the saved or restored state.}
+restored: {returned: always, type: list, elements: str, description: Paths of the restored files.}
 """
 
 import os
@@ -88,17 +70,17 @@ def image_digests(image: str) -> list[str]:
 def save(module: AnsibleModule, directory: str, proof: dict[str, Any]) -> dict[str, Any]:
     """Save the installed files with the record."""
     contents = {os.path.basename(file.path): file.after for file in files.installed(directory)}
-    made = dict(proof, image_digests=image_digests(proof["image_id"]))
+    saved = dict(proof, image_digests=image_digests(proof["image_id"]))
     # Later reads rely on the hash being that of these very files.
     project = dotenv.values(contents[paths.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
     if compose.config_hash(contents, directory, project) != proof["config_hash"]:
         return {"changed": False, "found": False, "record": {}, "restored": []}
-    made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    saved["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
         again = last is not None and all(last.record.get(key) == value for key, value in proof.items())
-        record.save(directory, contents, made, again=again)
-    return {"changed": True, "found": True, "record": made, "restored": []}
+        record.save(directory, contents, saved, again=again)
+    return {"changed": True, "found": True, "record": saved, "restored": []}
 
 
 def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:

@@ -21,19 +21,14 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  files:
-    description: Whether to remove the files of the service as well.
-    type: bool
-    default: false
+  files: {type: bool, default: false, description: Whether to remove the files of the service as well.}
   keys:
     description: The keys of C(.env) that are the role's, to be removed with O(files).
     type: list
     elements: str
     default: []
 attributes:
-  check_mode:
-    description: Removes nothing and returns what it would remove.
-    support: full
+  check_mode: {support: full, description: Removes nothing and returns what it would remove.}
 """
 
 EXAMPLES = r"""
@@ -53,10 +48,7 @@ kept:
   returned: always
   type: list
   elements: str
-msg:
-  description: Both, as one text.
-  returned: always
-  type: str
+msg: {returned: always, type: str, description: "Both, as one text."}
 """
 
 import contextlib

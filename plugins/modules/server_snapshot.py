@@ -21,29 +21,16 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.2.0
 options:
-  state:
-    description: What to do.
-    type: str
-    choices: [taken, restored, started, dropped]
-    required: true
-  images:
-    description: Names of more images whose ids to save.
-    type: list
-    elements: str
-    default: []
-  proven:
-    description: Whether the running server is proven; for O(state=taken).
-    type: bool
-    default: false
+  state: {type: str, choices: [taken, restored, started, dropped], required: true, description: What to do.}
+  images: {type: list, elements: str, default: [], description: Names of more images whose ids to save.}
+  proven: {type: bool, default: false, description: Whether the running server is proven; for O(state=taken).}
   force:
     description: V(irreversible) allows replacing a container that could not be created again.
     type: list
     elements: str
     default: []
 attributes:
-  check_mode:
-    description: Does nothing.
-    support: full
+  check_mode: {support: full, description: Does nothing.}
 """
 
 EXAMPLES = r"""
@@ -59,11 +46,7 @@ interrupted:
   description: When the interrupted change was started whose snapshot this is; or empty.
   returned: for O(state=taken) and O(state=restored)
   type: str
-restored:
-  description: What was restored.
-  returned: for O(state=restored)
-  type: list
-  elements: str
+restored: {returned: for O(state=restored), type: list, elements: str, description: What was restored.}
 removed:
   description: What the change had created, and was removed.
   returned: for O(state=restored) and O(state=dropped)
@@ -74,18 +57,9 @@ volumes:
   returned: for O(state=restored)
   type: list
   elements: str
-existed:
-  description: Whether there was a container.
-  returned: for O(state=restored)
-  type: bool
-was_proven:
-  description: Whether the server was proven.
-  returned: for O(state=restored)
-  type: bool
-start:
-  description: Whether the container ran, and is to be started.
-  returned: for O(state=restored)
-  type: bool
+existed: {returned: for O(state=restored), type: bool, description: Whether there was a container.}
+was_proven: {returned: for O(state=restored), type: bool, description: Whether the server was proven.}
+start: {returned: for O(state=restored), type: bool, description: "Whether the container ran, and is to be started."}
 """
 
 import contextlib
@@ -102,50 +76,50 @@ _AWAY = 60
 
 def take(params: Mapping[str, Any]) -> dict[str, Any]:
     """Take a snapshot, unless it could not be restored."""
-    kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
-    reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
+    saved = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
+    reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(saved)
     if reasons:
         raise Problem(
             f"The current server could not be restored if the change failed: {', and '.join(reasons)}. To "
             "replace it anyway, set vllm_gpu_force: [irreversible]."
         )
     with lock.holding(params["lock"]):
-        snapshot.save(kept)
-    return {"changed": False, "interrupted": kept["interrupted"]}
+        snapshot.save(saved)
+    return {"changed": False, "interrupted": saved["interrupted"]}
 
 
 def restore(params: Mapping[str, Any]) -> dict[str, Any]:
     """Restore everything; failures are reported together at the end."""
-    kept = snapshot.load(params["project_dir"])
-    if kept is None:
+    saved = snapshot.load(params["project_dir"])
+    if saved is None:
         raise Problem(
             f"There is no snapshot to restore: {snapshot.path_in(params['project_dir'])} does not exist."
         )
     # Files first: they don't need the Docker Engine.
     with lock.holding(params["lock"], lock.LEASE + _AWAY):
-        files = restoration.restore_files(kept)
+        files = restoration.restore_files(saved)
     failed = list(files.failed)
-    made, start = restoration.Outcome([], [], []), False
+    outcome, start = restoration.Outcome([], [], []), False
     # The Docker Engine may restart once more in between; finished steps stay done.
     for last in (False, True):
         try:
             restoration.wait_for_engine(_AWAY)
             with lock.holding(params["lock"]):
-                restoration.restore_engine(kept, made)
-            start = restoration.must_start(kept)
+                restoration.restore_engine(saved, outcome)
+            start = restoration.must_start(saved)
             break
         except docker.Unanswered as problem:
             if last:
                 failed.append(str(problem))
     result = {
-        "restored": files.restored + made.restored,
-        "removed": files.removed + made.removed,
-        "existed": kept["container"] is not None,
-        "was_proven": kept["proven"],
-        "interrupted": kept["interrupted"],
+        "restored": files.restored + outcome.restored,
+        "removed": files.removed + outcome.removed,
+        "existed": saved["container"] is not None,
+        "was_proven": saved["proven"],
+        "interrupted": saved["interrupted"],
         "start": start,
     }
-    failed += made.failed
+    failed += outcome.failed
     if failed:
         # Other failures must not keep the server from running.
         if start:
@@ -157,17 +131,17 @@ def restore(params: Mapping[str, Any]) -> dict[str, Any]:
                 )
         return dict(result, failed=True, msg=hidden(" ".join(failed), params["project_dir"]))
     return dict(
-        result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(kept)
+        result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(saved)
     )
 
 
 def start(params: Mapping[str, Any]) -> dict[str, Any]:
     """Start the container where it ran before."""
-    kept = snapshot.load(params["project_dir"])
+    saved = snapshot.load(params["project_dir"])
     for last in (False, True):
         try:
             restoration.wait_for_engine(_AWAY)
-            if kept is None or not restoration.must_start(kept):
+            if saved is None or not restoration.must_start(saved):
                 return {"changed": False}
             restoration.wait_for_memory()
             with lock.holding(params["lock"]):

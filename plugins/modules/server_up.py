@@ -30,9 +30,7 @@ options:
     type: int
     default: 300
 attributes:
-  check_mode:
-    description: Does nothing.
-    support: full
+  check_mode: {support: full, description: Does nothing.}
 """
 
 EXAMPLES = r"""
@@ -42,10 +40,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-container:
-  description: The id of the server's container.
-  returned: success
-  type: str
+container: {returned: success, type: str, description: The id of the server's container.}
 """
 
 from typing import Any, Sequence

@@ -21,24 +21,12 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  before:
-    description: The container before the server was brought up; its old restarts don't count.
-    type: dict
-  timeout:
-    description: How long a start may take, in seconds.
-    type: int
-    default: 1800
-  interval:
-    description: Seconds between two reads.
-    type: int
-    default: 2
+  before: {type: dict, description: The container before the server was brought up; its old restarts don't count.}
+  timeout: {type: int, default: 1800, description: "How long a start may take, in seconds."}
+  interval: {type: int, default: 2, description: Seconds between two reads.}
 attributes:
-  action:
-    description: Runs on the controller and calls M(mlops.vllm_gpu.server_info) on the host.
-    support: full
-  check_mode:
-    description: Skipped, as nothing was started.
-    support: none
+  action: {support: full, description: Runs on the controller and calls M(mlops.vllm_gpu.server_info) on the host.}
+  check_mode: {support: none, description: "Skipped, as nothing was started."}
 """
 
 EXAMPLES = r"""
@@ -50,12 +38,6 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-elapsed:
-  description: Seconds waited.
-  returned: always
-  type: int
-proven:
-  description: True, with all else that M(mlops.vllm_gpu.server_info) returns.
-  returned: success
-  type: bool
+elapsed: {returned: always, type: int, description: Seconds waited.}
+proven: {returned: success, type: bool, description: "True, with all else that M(mlops.vllm_gpu.server_info) returns."}
 """
