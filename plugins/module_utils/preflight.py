@@ -103,7 +103,7 @@ def check_memory(context: Context) -> str | None:
     ]
     held_by = ", ".join(holders) or "processes that nvidia-smi doesn't list"
     return (
-        f"GPU {gpu['index']} ({gpu['name']}) has {free} MiB free, but needs {needed} MiB ({share} of {total} MiB). "
+        f"GPU {gpu['index']} ({gpu['name']}) has {free} MiB free, but the server needs {needed} MiB ({share} of {total} MiB). "
         f"The rest is held by {held_by}. Stop what isn't needed there, choose another card, or lower "
         "vllm_gpu_memory_utilization."
     )
