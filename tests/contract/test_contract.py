@@ -186,7 +186,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "files").symlink_to(ROLE / "files")
     (folder / "play.yml").write_text(json.dumps([play]), encoding="utf-8")
     program = Path(sys.executable).parent / "ansible-playbook"
-    command = [program, "-i", "localhost,", folder / "play.yml"]
+    command = [str(program), "-i", "localhost,", str(folder / "play.yml")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return list(json.loads((folder / "all.json").read_text(encoding="utf-8")))

@@ -50,7 +50,8 @@ def test_merge_sets_the_wanted_keys_and_keeps_the_rest(content: bytes, wanted: d
     before = list(dotenv.lines(content))
     after = list(dotenv.lines(merge_if_readable(content, wanted)))
     # Every line that doesn't decide a wanted key stays, in order.
-    deciding = {line.key: number for number, line in enumerate(before) if line.key in wanted}
+    deciding: dict[str | None, int] = {}
+    deciding.update((line.key, number) for number, line in enumerate(before) if line.key in wanted)
     for number, line in enumerate(before):
         if deciding.get(line.key) != number:
             assert after[number].text == line.text
