@@ -134,7 +134,7 @@ def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: Gpu
 def test_a_host_with_one_gpu_or_none_says_so(clean_host: GpuHost, evidence: Path, tmp_path: Path) -> None:
     cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
     try:
-        for left, reason in ((1, "It could be 0 (NVIDIA GeForce RTX 5090"), (0, "nvidia-smi finds no GPU")):
+        for left, reason in ((1, "Choose 0 (NVIDIA GeForce RTX 5090"), (0, "nvidia-smi finds no GPU")):
             file = tmp_path / "cards.json"
             file.write_text(json.dumps({**cards, "cards": cards["cards"][:left]}), encoding="utf-8")
             gpuhost("cards", clean_host.name, str(file))

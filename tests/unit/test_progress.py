@@ -127,7 +127,7 @@ def test_rescued_is_no_success_whatever_else_ansible_counts(feed: Feed) -> None:
 
 def test_refused_and_unreachable_before_anything(feed: Feed) -> None:
     feed.play()
-    feed.task("a", "fail", "failed", msg="No such GPU. It could be 0.")
+    feed.task("a", "fail", "failed", msg="No such GPU. Choose 0.")
     # The look passes over it, so that it is refused with the others and not counted as dark.
     feed.task("b", "server_info", "unreachable", msg="ssh: no route")
     feed.task("b", "fail", "failed", msg="It can not be reached.")
