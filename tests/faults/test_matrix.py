@@ -205,7 +205,7 @@ MOUNT_FULL = (
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
 # A fault that ends where the play goes back, so that the old server can start.
-PUTTING_BACK = "Put the files, the images' names and the server back"
+PUTTING_BACK = "Restore the files, the image names and the server"
 until_put_back = while_it_runs(PUTTING_BACK, GpuHost.cure)
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"

@@ -143,7 +143,7 @@ def test_unreachable_from_the_start(fleet: Fleet) -> None:
     done = fleet.rollout(inventory=fleet.inventory(fleet5={"ansible_port": 1}))
     assert (done.code, done.report["outcome"]) == (3, "refused")
     assert done.outcomes == outcomes(*["untouched"] * 4, "unreachable")
-    assert "can not be reached" in done.report["hosts"][4]["error"]
+    assert "cannot be reached" in done.report["hosts"][4]["error"]
     assert fleet.containers() == before
 
 
