@@ -191,7 +191,7 @@ class Terminal(Lines):
         view.add_row(grid)
         line = Table.grid(padding=(0, 1))
         line.add_row(
-            ProgressBar(total=len(rollout.to_change), completed=done, width=30),
+            ProgressBar(total=len(rollout.to_change), completed=done, width=30, complete_style="green"),
             f"{done} of {n_hosts(len(rollout.to_change))}, {time.monotonic() - self.begun:.0f} s",
         )
         view.add_row(line)

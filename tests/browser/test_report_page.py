@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,9 +13,10 @@ from typing import Any
 
 import pytest
 from fleet import report as reports
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests.example_report import OUTCOMES, example
+from tests.pictures import CHROMIUM, chromium
 
 SIZES = (3, 60, 1000)
 # The names in the table as they are seen, from the top.
@@ -30,17 +30,10 @@ Opened = list[tuple[Page, list[str], list[str]]]
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    # Not /snap/bin: a snap can't read the page.
-    executable = shutil.which("chromium", path="/usr/bin") or shutil.which("google-chrome", path="/usr/bin")
-    if not executable:
-        pytest.skip("there is no Chromium here; `make browser` says why")
-    with sync_playwright() as playwright:
-        # No name is looked up.
-        started = playwright.chromium.launch(
-            executable_path=executable, args=["--host-resolver-rules=MAP * ~NOTFOUND"]
-        )
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed; `make browser` reports why")
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="session")
