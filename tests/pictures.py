@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fleet import report as reports
-from fleet.progress import PHASES, Rollout
+from fleet.progress import PHASE_OF, Rollout
 from fleet.terminal import Screen, Terminal
 from playwright.sync_api import Browser, sync_playwright
 
@@ -22,7 +22,7 @@ from tests.example_report import CARDS, example
 PICTURES = Path(__file__).resolve().parents[1] / "docs/pictures"
 # Not one in /snap/bin: a snap cannot read the page.
 CHROMIUM = shutil.which("chromium", path="/usr/bin") or shutil.which("google-chrome", path="/usr/bin")
-ACTIONS = {phase: action for action, phase in PHASES.items()}
+ACTIONS = {phase: action for action, phase in PHASE_OF.items()}
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def terminal(report: dict[str, Any], seconds: float) -> str:
     view.console.print("$ scripts/rollout -e gpu_device_id=1")
     start = datetime.fromisoformat(report["started_at"])
     shift = datetime.now(UTC) - start - timedelta(seconds=seconds)
-    view.begun = time.monotonic() - seconds
+    view.started = time.monotonic() - seconds
     for moment, name, data in events(report):
         at = datetime.fromisoformat(moment)
         if at <= start + timedelta(seconds=seconds):

@@ -67,7 +67,7 @@ def test_a_person_at_a_terminal_sees_it_live(fleet: Fleet) -> None:
     assert process.returncode == 0, text
     for words_seen in (
         "Looking at every host before the first is touched: 0 of 2", "fleet1 GPU 0 → GPU 1 deploy", "1 of 2 hosts",
-        "✔ fleet2: GPU 0 → GPU 1, changed after", "All 2 hosts are proven: 2 changed, 0 were right already.",
+        "✔ fleet2: GPU 0 → GPU 1, changed after", "All 2 hosts are proven: 2 changed, 0 already right.",
     ):  # fmt: skip
         assert words_seen in text
     assert max(map(len, re.split(r"[\r\n]+", text.partition("Report:")[0]))) <= 80
