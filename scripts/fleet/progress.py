@@ -78,6 +78,7 @@ class Host:
     message: str = ""
     error: str | None = None
     started: datetime | None = None
+    last_event: datetime | None = None
     ended: datetime | None = None
     down_since: datetime | None = None
     down_for: float | None = None
@@ -177,8 +178,11 @@ class Rollout:
         """Handle one event of ansible-runner."""
         handler = getattr(self, f"_{event['event']}", None)
         if handler:
-            data = event["event_data"]
-            handler(data, self.hosts.get(data.get("host", "")), datetime.fromisoformat(event["created"]))
+            data, at = event["event_data"], datetime.fromisoformat(event["created"])
+            host = self.hosts.get(data.get("host", ""))
+            if host:
+                host.last_event = at
+            handler(data, host, at)
 
     def _playbook_on_play_start(self, _data: Event, _host: Host | None, at: datetime) -> None:
         self._end_wave(at)
@@ -193,8 +197,9 @@ class Rollout:
             return
         self.waves[-1]["ended_at"] = at.isoformat()
         for host in map(self.hosts.__getitem__, self.waves[-1]["hosts"]):
-            host.leave(at)
-            host.ended = at
+            # Not the wave's end: a host that is refused has long been done.
+            host.ended = host.last_event or at
+            host.leave(host.ended)
             self.notify("host", host=host)
 
     def _runner_on_start(self, data: Event, host: Host | None, at: datetime) -> None:

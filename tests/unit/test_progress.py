@@ -217,8 +217,11 @@ def test_unreachable_during_the_change(feed: Feed) -> None:
     feed.change("a")
     feed.task("a", "server_info", "unreachable", msg="gone")
     assert feed.rollout.hosts["a"].phase == "verify"
-    assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "untouched", "c": "untouched"}
+    feed.change("b")
+    assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "changed", "c": "untouched"}
     assert feed.rollout.outcome() == "failed"
+    a, b, _c = feed.rollout.report()["hosts"]
+    assert a["ended_at"] < b["started_at"]  # it does not take until the wave's end
 
 
 def test_stopped_on_request(feed: Feed) -> None:

@@ -38,7 +38,7 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
     environment["PATH"] = f"{BIN}:{environment['PATH']}"
     inventory = () if "--resume" in words else ("-i", "hosts.yml")
-    whole = [ROOT / "scripts/rollout", *inventory, *words]
+    whole: list[str | Path] = [ROOT / "scripts/rollout", *inventory, *words]
     return {"args": whole, "cwd": folder, "env": environment, "text": True}
 
 
@@ -57,7 +57,7 @@ def test_an_encrypted_inventory_without_a_password(tmp_path: Path, words: tuple[
     secret, password = tmp_path / "group_vars/vllm_gpu.yml", tmp_path / "password"
     secret.write_text("vllm_gpu_api_key: sk-1\n", encoding="utf-8")
     password.write_text("a password\n", encoding="utf-8")
-    encrypt = [BIN / "ansible-vault", "encrypt", "--vault-password-file", password, secret]
+    encrypt: list[str | Path] = [BIN / "ansible-vault", "encrypt", "--vault-password-file", password, secret]
     subprocess.run(encrypt, check=True, capture_output=True)
     done = rollout(tmp_path, *words)
     assert done.returncode == code
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_a_hanging_ansible_with_its_workers(
 @pytest.mark.parametrize("waves", [[0], [1, "150%"], ["10 %"], [1.5], [True], [], "1,2", 5], ids=str)
 def test_the_playbook_refuses_waves_before_any_host_is_read(hosts: Path, waves: object) -> None:
     values = json.dumps({"vllm_gpu_waves": waves, "gpu_device_id": 1})
-    play = [BIN / "ansible-playbook", "-i", hosts, "playbooks/rollout.yml", "-e", values]
+    play: list[str | Path] = [BIN / "ansible-playbook", "-i", hosts, "playbooks/rollout.yml", "-e", values]
     done = subprocess.run(play, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     message = f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers"
