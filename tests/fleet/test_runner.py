@@ -1,4 +1,4 @@
-"""Growing past one controller: the same playbook through ansible-runner's transmit, worker and process."""
+"""More than one controller: the same playbook through ansible-runner's transmit, worker and process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.gpu_host import ROOT
 
 
 def test_transmit_worker_process(fleet: Fleet, tmp_path: Path) -> None:
-    """The worker gets nothing but what is transmitted; the result comes back to whoever sent it."""
+    """The worker gets only what is transmitted, and the sender gets the result."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     job = tmp_path / "job"
     for name in filter(None, subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")):
@@ -44,5 +44,5 @@ def test_transmit_worker_process(fleet: Fleet, tmp_path: Path) -> None:
     assert (artifacts / "rc").read_text() == "0"
     events = [json.loads(path.read_text()) for path in (artifacts / "job_events").glob("*.json")]
     waves = [event for event in events if event["event"] == "playbook_on_play_start"]
-    assert len(waves) == 3  # the look, the canary, the rest
+    assert len(waves) == 3  # the plan, the canary, the rest
     assert fleet.serving() == "11111"

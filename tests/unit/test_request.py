@@ -59,6 +59,7 @@ KEY = "sk-planted-71c2d9"
     [
         f"vllm_gpu_api_key={KEY}",
         f"gpu_device_id=1 ansible_become_pass={KEY}",
+        f"vault_vllm_gpu_hf_token={KEY}",
         json.dumps({"vllm_gpu_secret_env": {"ANYTHING": KEY}}),
         json.dumps({"vllm_gpu_env": {"X_TOKEN": KEY}}),
         json.dumps({"x": [{"y": [{"api_key": KEY}]}]}),

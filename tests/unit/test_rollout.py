@@ -98,6 +98,7 @@ LAST: dict[str, Any] = {
         (("-i", "nowhere.yml"), "The inventory nowhere.yml does not exist"),
         (("-i", "garbage"), "The inventory cannot be read: "),
         (("-i", "empty"), "The inventory cannot be read: "),
+        (("-e", "vllm_gpu_hosts=nobody"), "has no host in the group nobody"),
         (("--wave", "1,0"), "--wave: the sizes of waves are"),
         (("--wave", "1,,2"), "--wave: the sizes of waves are"),
         (("--wave", ""), "--wave: the sizes of waves are"),
@@ -176,7 +177,7 @@ def test_it_reaches_its_end_when_nothing_reads_its_output(tmp_path: Path, words:
     assert (found["outcome"], len(found["ended_at"])) == ("refused", 32)
 
 
-@pytest.mark.parametrize(("words", "signals"), [((), 2), (("--json",), 2), (("--check",), 1)])
+@pytest.mark.parametrize(("words", "signals"), [((), 2), (("--json",), 2), (("--check", "--json"), 1)])
 def test_ctrl_c_ends_a_hanging_ansible_with_its_workers(
     tmp_path: Path, hosts: Path, words: tuple[str, ...], signals: int
 ) -> None:
@@ -188,7 +189,7 @@ def test_ctrl_c_ends_a_hanging_ansible_with_its_workers(
         found = subprocess.run(["pgrep", "-f", f"^sleep {seconds}"], check=False, capture_output=True)
         return found.returncode == 0
 
-    with subprocess.Popen(**command(tmp_path, *words)) as process:
+    with subprocess.Popen(**command(tmp_path, *words), stdout=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 120
             while not hangs():
@@ -199,6 +200,8 @@ def test_ctrl_c_ends_a_hanging_ansible_with_its_workers(
                 process.send_signal(signal.SIGINT)
                 time.sleep(1)
             assert process.wait(30) == 130
+            assert process.stdout
+            assert '"event": "check"' not in process.stdout.read()  # it has not checked every host
         finally:
             kill_tree(process.pid)
     assert not hangs()
