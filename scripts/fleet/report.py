@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import atomic
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -38,19 +37,7 @@ def write(report: Mapping[str, Any], directory: Path) -> None:
     """Write report.json, report.html and report.xml, each completely or not at all."""
     # JSON first: it has everything that the others show.
     for name, render in (("report.json", as_json), ("report.html", as_html), ("report.xml", as_junit)):
-        _replace(directory / name, render(report))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o640)
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        atomic.write(str(directory / name), render(report), 0o640)
 
 
 def as_json(report: Mapping[str, Any]) -> bytes:
