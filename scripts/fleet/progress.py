@@ -132,20 +132,13 @@ class Host:
 
     def report(self) -> dict[str, Any]:
         """Return the host's part of the report."""
+        shown = ("name", "wave", "outcome", "before", "after", "verdict", "message", "error", "phases")
         return {
-            "name": self.name,
-            "wave": self.wave,
-            "outcome": self.outcome,
-            "before": self.before,
-            "after": self.after,
-            "verdict": self.verdict,
-            "message": self.message,
-            "error": self.error,
+            **{name: getattr(self, name) for name in shown},
             "started_at": self.started.isoformat() if self.started else None,
             "ended_at": self.ended.isoformat() if self.ended else None,
             "seconds": round(self.seconds(self.ended), 3) if self.started and self.ended else None,
             "downtime_s": None if self.down_for is None else round(self.down_for, 3),
-            "phases": self.phases,
         }
 
 

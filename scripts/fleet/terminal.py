@@ -27,7 +27,7 @@ SIGNS = {
 }  # fmt: skip
 # How many hosts the live view lists; it counts the others.
 _LISTED = 8
-# How often a pipe gets a line during a long phase.
+# How long a pipe may stay silent during a long phase.
 _REMINDER_S = 30
 
 
@@ -50,16 +50,18 @@ class Screen(Console):
 
 
 class Lines:
-    """Plain lines."""
+    """Plain lines, for a pipe."""
 
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
         self.console = Screen(highlight=False, soft_wrap=True)
+        self.printed = time.monotonic()
 
     def __call__(self, what: str, **values: Any) -> None:  # noqa: ANN401
         getattr(self, f"on_{what}", lambda **_: None)(**values)
 
     def print(self, text: str, style: str = "") -> None:
+        self.printed = time.monotonic()
         try:
             self.console.print(Text(visible(text), style))
         except OSError:  # the terminal is gone
@@ -120,21 +122,7 @@ class Lines:
         yield
 
     def tick(self) -> None:
-        """Run every half second, so that a view can show that a phase is still running."""
-
-
-class Pipe(Lines):
-    """Lines, with a reminder during a long phase."""
-
-    def __init__(self, rollout: Rollout) -> None:
-        super().__init__(rollout)
-        self.printed = time.monotonic()
-
-    def print(self, text: str, style: str = "") -> None:
-        super().print(text, style)
-        self.printed = time.monotonic()
-
-    def tick(self) -> None:
+        """Remind of a long phase; called every half second."""
         if time.monotonic() - self.printed > _REMINDER_S:
             now = datetime.now(UTC)
             for host in at_work(self.rollout):
@@ -159,7 +147,10 @@ class Terminal(Lines):
             yield
 
     def on_phase(self, host: Host) -> None:
-        """The live view shows it."""
+        """Print nothing: the live view shows it."""
+
+    def tick(self) -> None:
+        """Print no reminder either."""
 
     def render(self) -> RenderableType:
         rollout, grid = self.rollout, Table.grid(padding=(0, 1))
@@ -240,4 +231,4 @@ def view_for(rollout: Rollout, *, as_json: bool) -> Lines:
     """Return the view that suits where the output goes."""
     if as_json:
         return Events(rollout)
-    return Terminal(rollout) if sys.stdout.isatty() else Pipe(rollout)
+    return Terminal(rollout) if sys.stdout.isatty() else Lines(rollout)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from datetime import UTC, datetime
 
 import pytest
 from fleet.progress import Host, Rollout
-from fleet.terminal import Events, Lines, Pipe, Terminal, print_error, view_for
+from fleet.terminal import Events, Lines, Terminal, print_error, view_for
 from rich.console import Console
 
 from tests.unit.test_progress import Feed
 
 
 def test_the_view_suits_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_terminal, view in ((True, Terminal), (False, Pipe)):
+    for is_terminal, view in ((True, Terminal), (False, Lines)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
         assert type(view_for(Feed().rollout, as_json=False)) is view
 
@@ -38,6 +39,20 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 of 3 hosts" in text
 
 
+def test_a_pipe_is_reminded_of_a_long_phase(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = Feed()
+    feed.plan("a")
+    feed.task("a", "server_info")
+    view = Lines(feed.rollout)
+    start = view.printed
+    for seconds, lines in ((29, 0), (31, 1), (32, 0)):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: start + seconds)
+        view.tick()
+        assert capsys.readouterr().out.count("  a: preflight, ") == lines
+
+
 NAME = "gpu[bold]\x1b]0;x\x07"
 SHOWN = r"gpu[bold]\x1b]0;x\x07"
 LOG = "first :smile: [red]\n\tsecond \x1b[2J\x9b31m \u202e"
@@ -53,7 +68,7 @@ def hostile() -> Rollout:
     return rollout
 
 
-@pytest.mark.parametrize("kind", [Pipe, Terminal])
+@pytest.mark.parametrize("kind", [Lines, Terminal])
 def test_hosts_cannot_control_the_terminal(kind: type[Lines], capsys: pytest.CaptureFixture[str]) -> None:
     rollout = hostile()
     view = kind(rollout)
@@ -86,7 +101,7 @@ def test_a_check_shows_what_changes_besides_the_card(capsys: pytest.CaptureFixtu
     feed = Feed()
     feed.plan("a", right="bc")
     hosts = list(feed.rollout.hosts.values())
-    Pipe(feed.rollout).check(hosts[:1], 2, [])
+    Lines(feed.rollout).check(hosts[:1], 2, [])
     assert capsys.readouterr().out == (
         "  a: GPU 0 → GPU 1; VLLM_API_KEY changes\n1 host changes, 2 already right, 0 would be refused\n"
     )
