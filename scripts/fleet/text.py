@@ -29,13 +29,12 @@ def visible_in(value: Any) -> Any:  # noqa: ANN401
     return visible(value) if isinstance(value, str) else value
 
 
+# The secrets of a rollout stay the same.
+_spellings = lru_cache(maxsize=1)(outgoing.spellings)
+
+
 def without(secrets: Iterable[str], text: str) -> str:
     """Return the text with these values hidden, also where they are quoted or encoded."""
     for spelling in _spellings(tuple(secrets)):
         text = text.replace(spelling, "(hidden)")
     return text
-
-
-@lru_cache(maxsize=1)  # the secrets of a rollout stay the same
-def _spellings(secrets: tuple[str, ...]) -> list[str]:
-    return outgoing.spellings(secrets)

@@ -7,44 +7,35 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
 
 import pytest
 
-from tests.unit.conftest import Script as Rollout
+from tests.unit.conftest import Script
 from tests.unit.test_progress import Feed, host_state
 
 Play = Callable[[Feed], None]
-
-
-class Runner:
-    """An ansible-runner that runs the given play."""
-
-    def __init__(self, play: Play, rc: int | None, handler: Callable[[dict[str, Any]], object]) -> None:
-        self.play, self.code, self.handler = play, rc, handler
-        self.rc: int | None = None
-        self.stdout = io.StringIO("PLAY [Read]\nKilled\n")
-
-    def run(self) -> None:
-        feed = Feed()
-        feed.rollout = SimpleNamespace(feed=self.handler)  # type: ignore[assignment]
-        self.play(feed)
-        self.rc = self.code
-
-
-class Script(Protocol):
-    def __call__(self, play: Play, rc: int | None, *words: str) -> tuple[int, str, str]: ...
+Rollout = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rollout(script: Rollout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
-    """Return the script with three hosts and the given play."""
+def rollout(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rollout:
+    """Return the script over three hosts, with an ansible-runner that runs the given play."""
     (tmp_path / "hosts.yml").write_text("vllm_gpu: {hosts: {a: {}, b: {}, c: {}}}\n", encoding="utf-8")
 
     def run(play: Play, rc: int | None, *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(
-            script.module, "init_runner", lambda event_handler, **_: Runner(play, rc, event_handler)
-        )
+        def init_runner(event_handler: Callable[..., object], **_: object) -> SimpleNamespace:
+            runner = SimpleNamespace(rc=None, stdout=io.StringIO("PLAY [Read]\nKilled\n"))
+
+            def start() -> None:
+                feed = Feed()
+                feed.rollout = SimpleNamespace(feed=event_handler)  # type: ignore[assignment]
+                play(feed)
+                runner.rc = rc
+
+            runner.run = start
+            return runner
+
+        monkeypatch.setattr(script.module, "init_runner", init_runner)
         return script("-i", "hosts.yml", *words)
 
     return run
@@ -91,7 +82,7 @@ def odd(feed: Feed) -> None:
     ids=["killed", "killed late", "by a signal", "killed early", "no space", "odd event", "its own error"],
 )
 def test_a_check_names_the_hosts_that_were_not_checked(
-    rollout: Script, play: Play, rc: int | None, hosts: tuple[str, str], message: str
+    rollout: Rollout, play: Play, rc: int | None, hosts: tuple[str, str], message: str
 ) -> None:
     change, unread = hosts
     code, out, err = rollout(play, rc, "--check", "--json")
@@ -104,7 +95,7 @@ def test_a_check_names_the_hosts_that_were_not_checked(
     assert (f"therefore unknown: {', '.join(unread)}" in out) == bool(unread)
 
 
-def test_a_complete_check(rollout: Script) -> None:
+def test_a_complete_check(rollout: Rollout) -> None:
     code, out, err = rollout(reads("abc", end=True), 0, "--check")
     assert (code, err, out.count("→")) == (0, "", 3)
 
@@ -137,7 +128,7 @@ def changes(*, verified: str, end: bool) -> Play:
     ],
 )
 def test_a_killed_ansible_is_no_success(
-    rollout: Script, play: Play, rc: int | None, outcome: str, resume: str
+    rollout: Rollout, play: Play, rc: int | None, outcome: str, resume: str
 ) -> None:
     code, out, err = rollout(play, rc)
     found = json.loads(Path("rollouts/latest/report.json").read_text(encoding="utf-8"))
@@ -146,7 +137,9 @@ def test_a_killed_ansible_is_no_success(
     assert bool(err) == bool(code)
 
 
-def test_exported_settings_without_effect_are_named(rollout: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_settings_without_effect_are_named(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "exported" not in rollout(reads("abc", end=True), 0, "--check")[2]
     monkeypatch.setenv("GPU_DEVICE_ID", "1")
     monkeypatch.setenv("VLLM_PORT", "1")
@@ -156,7 +149,7 @@ def test_exported_settings_without_effect_are_named(rollout: Script, monkeypatch
     )
 
 
-def test_an_error_of_the_runner_shows_no_secret(rollout: Script) -> None:
+def test_an_error_of_the_runner_shows_no_secret(rollout: Rollout) -> None:
     Path("vars.yml").write_text("vllm_gpu_api_key: sk-planted-71\n", encoding="utf-8")
 
     def quotes(_feed: Feed) -> None:
