@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -17,6 +18,7 @@ import pytest
 from tests.fleet.conftest import NAMES, Ended, Fleet, interrupt, kill
 from tests.gpu_host import ROOT, gpuhost
 
+BIN = Path(sys.executable).parent
 BAD = {"vllm_gpu_model": "acme/does-not-exist"}
 ONE_BY_ONE = ("--wave", "1,1,1,100%")
 
@@ -122,7 +124,7 @@ def test_part_of_a_wave_fails(fleet: Fleet) -> None:
     assert done.outcomes == outcomes("changed", "rolled_back", "changed", "untouched", "untouched")
     assert fleet.serving() == "10100"
     play = subprocess.run(
-        [Path(sys.executable).parent / "ansible-playbook", "-i", inventory, "playbooks/rollout.yml",
+        [BIN / "ansible-playbook", "-i", inventory, "playbooks/rollout.yml",
          "-e", '{"gpu_device_id": 1, "vllm_gpu_waves": [2, 1]}'],
         cwd=ROOT, env=fleet.environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
@@ -258,3 +260,39 @@ def test_secrets_stay_where_they_belong(fleet: Fleet, tmp_path: Path) -> None:
     found = subprocess.run(["grep", "-rl", key, fleet.folder], capture_output=True, text=True, check=False)
     assert found.stdout == ""
     assert key not in json.dumps(done.events) + done.errors + processes[0]
+
+
+def test_transmit_worker_process(fleet: Fleet, tmp_path: Path) -> None:
+    """More than one controller: the worker gets only what is transmitted, and the sender gets the result."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    job = tmp_path / "job"
+    for name in filter(None, subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")):
+        target = job / "project" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    (job / "inventory").mkdir()
+    shutil.copy(fleet.inventory(), job / "inventory/hosts.yml")
+    (job / "env").mkdir()
+    (job / "env/extravars").write_text(json.dumps({"gpu_device_id": 1, "vllm_gpu_waves": [1, "100%"]}))
+    (job / "env/settings").write_text(json.dumps({"suppress_env_files": True}))
+
+    runner = BIN / "ansible-runner"
+    (tmp_path / "empty").mkdir()
+    sent = subprocess.run(
+        [runner, "transmit", job, "-p", "playbooks/rollout.yml"], capture_output=True, check=True
+    )
+    worked = subprocess.run(
+        [runner, "worker"], cwd=tmp_path / "empty", input=sent.stdout, capture_output=True, check=False,
+        env=fleet.environment, timeout=300,
+    )  # fmt: skip
+    subprocess.run(
+        [runner, "process", tmp_path / "result"], input=worked.stdout, capture_output=True, check=True
+    )
+
+    (artifacts,) = {path.parent for path in (tmp_path / "result").rglob("status")}
+    assert (artifacts / "status").read_text() == "successful", (artifacts / "stdout").read_text()
+    assert (artifacts / "rc").read_text() == "0"
+    events = [json.loads(path.read_text()) for path in (artifacts / "job_events").glob("*.json")]
+    waves = [event for event in events if event["event"] == "playbook_on_play_start"]
+    assert len(waves) == 3  # the plan, the canary, the rest
+    assert fleet.serving() == "11111"
