@@ -63,7 +63,7 @@ def expected(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if named and gpu["uuid"] == named["uuid"]:
             return dict(gpu)
         # Where nvidia-smi's row is odd, an index is None.
-        if named and gpu["index"] == named["index"] is not None and is_instance(named):
+        if named and gpu["index"] is not None and gpu["index"] == named["index"] and is_instance(named):
             # nvidia-smi gives the memory of the whole card only.
             unknown = dict.fromkeys(("memory_total_mib", "memory_used_mib"))
             return {**gpu, **unknown, "uuid": named["uuid"], "card_uuid": gpu["uuid"]}
