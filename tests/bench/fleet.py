@@ -140,10 +140,10 @@ def play(way: Way, gpu: int) -> dict[str, Any]:
     events = 0
 
     class Counted(script.Run):  # type: ignore[misc]
-        def take(self, event: dict[str, Any]) -> bool:
+        def on_event(self, event: dict[str, Any]) -> bool:
             nonlocal events
             events += 1
-            return bool(super().take(event))
+            return bool(super().on_event(event))
 
     with contextlib.redirect_stdout(sys.stderr):
         Counted(script.options()).run()
