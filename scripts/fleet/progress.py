@@ -107,8 +107,7 @@ class Host:
         if self.failed:
             return "rolled_back" if self.restored else "failed"
         if self.touched:
-            # A host whose change was cut off is no success, whatever Ansible counted; nor is one that was
-            # about to be recorded when Ansible was killed.
+            # Ansible may count a host as good whose change was cut off, or not yet recorded when it was killed.
             return "changed" if self.proven and (self.ended or self.verified) else "failed"
         return "already_right" if self.right else "untouched"
 

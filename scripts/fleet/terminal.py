@@ -94,11 +94,8 @@ class Lines:
     def check(self, change: list[Host], right: int, refused: list[Host], unread: Sequence[str] = ()) -> None:
         """Show what a rollout would do."""
         for host in change:
-            self.print(
-                "; ".join(
-                    [f"  {host.name}: {gpu_name(host.before)} → {gpu_name(host.wanted)}", *host.changes]
-                )
-            )
+            move = f"  {host.name}: {gpu_name(host.before)} → {gpu_name(host.wanted)}"
+            self.print("; ".join([move, *host.changes]))
         for host in refused:
             self.print(f"  {host.name}: would be refused", "yellow")
             self.print("\n".join(f"      {line}" for line in (host.error or "").splitlines()))
@@ -122,7 +119,7 @@ class Lines:
         yield
 
     def tick(self) -> None:
-        """Remind of a long phase; called every half second."""
+        """Report that a long phase is still running; called every half second."""
         if time.monotonic() - self.printed > _REMINDER_S:
             now = datetime.now(UTC)
             for host in at_work(self.rollout):
@@ -150,7 +147,7 @@ class Terminal(Lines):
         """Print nothing: the live view shows it."""
 
     def tick(self) -> None:
-        """Print no reminder either."""
+        """Print nothing: the live view shows the time."""
 
     def render(self) -> RenderableType:
         rollout, grid = self.rollout, Table.grid(padding=(0, 1))

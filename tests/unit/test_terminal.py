@@ -39,7 +39,7 @@ def test_the_live_view(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 of 3 hosts" in text
 
 
-def test_a_pipe_is_reminded_of_a_long_phase(
+def test_a_pipe_shows_that_a_long_phase_is_still_running(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     feed = Feed()
