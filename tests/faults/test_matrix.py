@@ -201,7 +201,7 @@ MOUNT_FULL = (
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
 # The fault ends when the play starts to restore the host, so that the old server can start.
-RESTORING = "Put the files, the images' names and the server back"
+RESTORING = "Restore the files, the image names and the server"
 until_restored = while_it_runs(RESTORING, GpuHost.cure)
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"
@@ -249,8 +249,8 @@ ROWS = [
     Row("driver/library mismatch", "NVIDIA driver and its libraries have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
     Row("nvidia-smi hangs", "nvidia-smi gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
-    Row("Docker Engine stopped", "The Docker engine is not running", simulate("engine", "stop"), cure=restart_docker),
-    Row("Docker Engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", simulate("engine", "stop")),
+    Row("Docker Engine stopped", "The Docker Engine is not running", simulate("engine", "stop"), cure=restart_docker),
+    Row("Docker Engine stopped during the run", r"(?s)Docker Engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", simulate("engine", "stop")),
         # Without Docker nothing can be restored; once it runs again it starts its last container.
         cure=restart_docker, serves="1"),
     Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", simulate("engine", "restart", "--no-nvidia"), cure=restart_docker),
@@ -266,15 +266,15 @@ ROWS = [
     Row("port taken by another container", "Port 9000 on 127.0.0.1 is already in use by container grafana. Stop that container",
         on_host(f"docker run -d --name grafana -p 127.0.0.1:9000:3000 {SLEEP}"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
-    Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
+    Row("the server is paused", "The container vllm-server is paused. Resume it with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
     Row("another user's container has the server's name", r"It belongs to no Compose project\..*docker rm -f vllm-server", on_host(f"docker rm -f vllm-server && docker run -d --name vllm-server {SLEEP}"),
         cure=on_host("docker rm -f vllm-server"), serves=""),
     Row("another user's container in the Compose project", "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db", on_host(f"docker run -d --name chat-db {PROJECT} {SLEEP}"),
         cure=on_host("docker rm -f chat-db")),
     Row("a server that was started from another directory", f"It was started from {DIRECTORY}, not from /opt/elsewhere", variables={"vllm_gpu_project_dir": "/opt/elsewhere"}),
-    Row("a server that was started with --rm", "could not be put back if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
+    Row("a server that was started with --rm", "could not be restored if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
     Row("a server that was started with --rm, and may be replaced", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
-    Row("card full because of another tenant", "GPU 1 .*MiB free, but 0.9 of its 16311 MiB are .*held by", simulate("tenant", "--card", "1", "--mib", "9000"), cure=simulate("tenant", "--stop")),
+    Row("card full because of another tenant", r"GPU 1 .*MiB free, but the server needs .* MiB \(0.9 of 16311 MiB\).*held by", simulate("tenant", "--card", "1", "--mib", "9000"), cure=simulate("tenant", "--stop")),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
         run=until_restored),
     Row("crash loop", "(?s)The server died.*RuntimeError: simulated failure while the engine started", fault("crash=traceback"), run=until_restored),
@@ -291,9 +291,9 @@ ROWS = [
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
         run=until_restored),
     Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=until_restored),
-    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health returned 503",
         run=served_then_verified("crash_after=0.1"), serves="1", changed=".env"),
-    Row("vLLM's engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+    Row("vLLM's engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health returned 503",
         run=served_then_verified("worker_dies_after=0.1"), serves="1", changed=".env"),
     Row("disk full while writing", "could not be written: No space left on device", on_host(MOUNT_FULL), cure=on_host(UNMOUNT)),
     Row("read-only target directory", "could not be written: Read-only file system", on_host(MOUNT_READ_ONLY), cure=on_host(UNMOUNT)),
@@ -311,11 +311,11 @@ ROWS = [
     Row("play killed while it waits", SUCCESS, fault("health=503"), run=killed("waiting: "), serves="1", changed=".env", succeeds=True),
     Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
     Row("card swapped", "GPU 0 is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=simulate("cards", str(CARDS))),
-    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=simulate("cards", str(CARDS))),
+    Row("card divided into MIG instances", r"is divided \(MIG\), so vLLM would not get all of it", other_cards(divide_both), cure=simulate("cards", str(CARDS))),
     Row("bad model, and both cards were divided into MIG instances meanwhile", "acme/does-not-exist is not a local folder and is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": "drift,mig"}, cure=simulate("cards", str(CARDS))),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, run=served_then_seen, succeeds=True),
     Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": f"pa$word-{PLANTED}"}, serves="1", changed=".env", succeeds=True),
-    Row("an option in the extra arguments that the role sets itself", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
+    Row("an option in the extra arguments that the role sets itself", "has --port, which the role sets itself. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
     Row("extra arguments that Compose would cut off", "Compose splits vllm_gpu_extra_args", variables={"vllm_gpu_extra_args": "--seed 3; --max-model-len 512"}),
     Row("extra arguments that -e cuts off", '"--max-model-len 512" was given with -e, but belongs to no variable', run=lambda host, _: host.play("serve.yml", gpu_device_id=1, vllm_gpu_extra_args="--enforce-eager --max-model-len 512")),
     Row("port 0", "vllm_gpu_port is 0; it must be a whole number from 1 to 65535", variables={"vllm_gpu_port": 0}),
@@ -323,7 +323,7 @@ ROWS = [
     Row("a training GPU that doesn't exist", 'names "01", but this host has no such GPU', variables={"vllm_gpu_training_gpus": ["01"]}),
     Row("an environment variable that chooses the card", "CUDA_VISIBLE_DEVICES: gpu_device_id alone decides", variables={"vllm_gpu_env": {"CUDA_VISIBLE_DEVICES": "0"}}),
     Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=GpuHost.cure),
-    Row("an API that answers a byte at a time", "no whole answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
+    Row("an API that answers a byte at a time", "no complete answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
         run=until_restored),
     Row("Docker Engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", docker_away), cure=GpuHost.cure, serves="1", changed=".env", succeeds=True),
     Row("a proxy in Docker's configuration", SUCCESS, on_host("mkdir -p ~/.docker && echo '{\"proxies\": {\"default\": {\"httpProxy\": \"http://127.0.0.1:9\"}}}' >~/.docker/config.json"), run=served_then_healthy,

@@ -27,7 +27,7 @@ def accept(host: GpuHost, evidence: Path, gpus: str = "0,1", **variables: object
 def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: Path) -> None:
     code, output = accept(clean_host, evidence, vllm_gpu_api_key="sk-planted-5d1f07")
     assert code == 0, output
-    first, second = evidence.read_text(encoding="utf-8").split("## Asked for: GPU ")[1:]
+    first, second = evidence.read_text(encoding="utf-8").split("## Requested: GPU ")[1:]
     cards = json.loads(CARDS.read_text(encoding="utf-8"))["cards"]
     assert f"served on {cards[0]['uuid']} and on {cards[1]['uuid']}, each time proven" in output
     for number, text, other in ((0, first, 1), (1, second, 0)):
@@ -49,13 +49,13 @@ def test_a_server_is_replaced_only_after_a_yes_and_then_restored(served: GpuHost
     files = served.ssh.check_output(listing)
     code, output = accept(served, evidence)
     assert code != 0
-    assert "nobody said yes to replacing its server" in output
+    assert "nobody confirmed that its server may be replaced" in output
     assert (served.container(), evidence.exists()) == (container, False)
 
     words = ["playbooks/acceptance.yml", "-e", "vllm_gpu_acceptance_gpus=1,0"]
     words += ["-e", f"vllm_gpu_acceptance_file={evidence}"]
     terminal = pexpect.spawn("ansible-playbook", words, cwd=ROOT, env=served.environment, timeout=300)
-    terminal.expect("Type\\s+yes to go on")
+    terminal.expect("Type\\s+yes to continue")
     assert served.container() == container
     terminal.sendline("yes")
     terminal.expect(pexpect.EOF)
@@ -73,9 +73,9 @@ def test_a_server_is_replaced_only_after_a_yes_and_then_restored(served: GpuHost
         (
             "true",
             {**REPLACE, "vllm_gpu_model": "acme/other"},
-            ["could not be put back afterwards", "VLLM_MODEL"],
+            ["could not be restored afterwards", "VLLM_MODEL"],
         ),
-        (f"rm -r {DIRECTORY}", REPLACE, ["could not be put back afterwards"]),
+        (f"rm -r {DIRECTORY}", REPLACE, ["could not be restored afterwards"]),
         ("docker rm -f vllm-server", {}, ["has files of a service that doesn't run"]),
     ],
     ids=["other settings", "no files", "no server"],
@@ -97,7 +97,7 @@ def test_what_could_not_be_restored_is_left_alone(
         (2, "0", "Name two different GPUs of one host"),
         (2, "0,GPU-5090a1c4-3f0e-4b7d-9a52-6e1d70c8b2f3", "are the same GPU"),
         (2, "0,7", "gpu_device_id is 7, but this host has no such GPU"),
-        (1, "0,1", "It could be 0 (NVIDIA GeForce RTX 5090"),
+        (1, "0,1", "Choose 0 (NVIDIA GeForce RTX 5090"),
         (0, "0,1", "nvidia-smi finds no GPU"),
     ],
 )
@@ -122,18 +122,18 @@ def test_a_server_that_another_user_started_meanwhile_is_left_alone(served: GpuH
     tasks = ROOT / "playbooks/tasks/acceptance"
     again = "docker compose --file docker-compose.serving.yml up --detach --force-recreate"
     play = {
-        "hosts": "vllm_gpu", "gather_facts": False, "vars": {"__trial_found": None},
+        "hosts": "vllm_gpu", "gather_facts": False, "vars": {"__trial_server": None},
         "tasks": [
-            {"ansible.builtin.include_tasks": str(tasks / "look.yml")},
+            {"ansible.builtin.include_tasks": str(tasks / "read.yml")},
             {"ansible.builtin.command": {"cmd": again, "chdir": DIRECTORY}},
-            {"ansible.builtin.include_tasks": str(tasks / "end.yml")},
+            {"ansible.builtin.include_tasks": str(tasks / "restore.yml")},
         ],
     }  # fmt: skip
     (tmp_path / "trial.yml").write_text(json.dumps([play]), encoding="utf-8")
     before = served.container()
     done = served.play(str(tmp_path / "trial.yml"))
     assert done.code != 0
-    assert f"its container is {served.container()[:12]}, which this trial did not start" in " ".join(
+    assert f"its container is {served.container()[:12]}, which this test did not start" in " ".join(
         done.output.split()
     )
     assert served.container() not in ("", before)
