@@ -97,7 +97,7 @@ def test_an_index_that_means_another_card_after_a_reboot_is_reported(served: Gpu
             assert "GPU 0 is another card than it was" in result.output
         referee = served.ssh.run(f"{DIRECTORY}/check_gpu_allocation.sh")
         assert referee.rc == 1
-        assert "another card than GPU 0 was when vllm-server was proven" in " ".join(referee.stdout.split())
+        assert "is not the GPU 0 on which vllm-server was proven" in " ".join(referee.stdout.split())
         served.serve("-e", '{"gpu_device_id": 0, "vllm_gpu_force": ["drift"]}')
     finally:
         simulate("cards", str(CARDS))(served)

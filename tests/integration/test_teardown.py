@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -163,10 +162,7 @@ def test_a_stalled_play_leaves_the_server_of_the_next_play_alone(
         before = (served.container(), served.files())
     output = " ".join((tmp_path / "log").read_text(encoding="utf-8").split())
     assert play.returncode != 0
-    # The messages of a step that only reads, and of one that changes something.
-    assert re.search(
-        "[Aa]nother play has taken over|has taken this host's lock, because this play had stalled", output
-    )
+    assert "has taken this host's lock, because this play had stalled" in output
     assert "serves as before" not in output
     assert (served.container(), served.files()) == before
 
