@@ -45,7 +45,7 @@ def test_any_other_text_is_refused(requested: str) -> None:
 
 @pytest.mark.parametrize(
     "requested",
-    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "True", "\uff11", "²", "9" * 400, "1\x00", "$(id)", UUIDS[0][:12]],
+    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "True", "\uff11", "1\uff11", "²", "9" * 400, "1\x00", "$(id)", UUIDS[0][:12]],
 )  # fmt: skip
 def test_ids_that_are_refused(requested: str) -> None:
     refused(requested)
