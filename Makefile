@@ -102,9 +102,14 @@ changelog: .cache/publish/.done ## Write changelogs/fragments into CHANGELOG.rst
 	@.cache/publish/bin/antsibull-changelog release --update-existing
 
 .PHONY: browser
-browser: .venv/.dev ## Look at the report in a real browser
+browser: .venv/.dev ## Test the rollout's report in a real browser
 	@$(SIM)/setup browser
 	@$(call step,The report in a browser, $(BIN)/pytest tests/browser)
+
+.PHONY: pictures
+pictures: .venv/.dev ## Make the pictures in docs/pictures again, from the example report
+	@$(SIM)/setup browser
+	@$(call step,The pictures, PYTHONPATH=.:scripts:collections $(BIN)/python -m tests.pictures)
 
 .PHONY: faults
 faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
@@ -122,7 +127,7 @@ bench: .venv/.dev machine ## Measure serve.yml and the referee beside what one w
 	@$(BIN)/python tests/bench/serve.py
 
 .PHONY: bench-fleet
-bench-fleet: .venv/.dev machine ## Measure roll-outs over 1 to 1,000 light hosts (SIZES="1 10 100 1000")
+bench-fleet: .venv/.dev machine ## Measure rollouts over 1 to 1,000 light hosts (SIZES="1 10 100 1000")
 	@$(BIN)/python tests/bench/fleet.py --sizes "$(SIZES)"
 
 .PHONY: acceptance
@@ -136,8 +141,8 @@ acceptance-gpu: venv ## On your own GPU host: serve on each of GPUS=0,1 and writ
 	  playbooks/acceptance.yml -e vllm_gpu_acceptance_gpus=$(GPUS) $(ARGS)
 
 .PHONY: rollouts
-rollouts: .venv/.dev machine ## Roll-outs over a fleet of simulated GPU hosts, good and bad
-	@$(call step,Roll-outs over a fleet, $(BIN)/pytest tests/fleet)
+rollouts: .venv/.dev machine ## Rollouts over a fleet of simulated GPU hosts, good and bad
+	@$(call step,Rollouts over a fleet, $(BIN)/pytest tests/fleet)
 
 .PHONY: lock
 lock: .venv/.dev ## Write the lock files again, with the newest versions

@@ -1,12 +1,13 @@
-"""Reports of roll-outs that never were: the same one for the same number of hosts."""
+"""Example rollouts: the same events, and the same report, each time for the same number of hosts."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from fleet.progress import PHASE_OF, Rollout
 
 START = datetime(2026, 11, 22, 19, 3, 1, tzinfo=UTC)
 CARDS = (
@@ -14,35 +15,23 @@ CARDS = (
     {"index": 1, "uuid": "GPU-5060b7e9-81d2-4c6f-b03a-2d94f5a7c1e8", "name": "NVIDIA GeForce RTX 5060 Ti"},
 )
 OUTCOMES = ("changed", "already_right", "rolled_back", "failed", "unreachable", "refused", "untouched")
-# How often each of them comes, but for "untouched": those are the hosts that a stop left over.
+# The frequency of each outcome but "untouched", which a stop leaves at the end.
 SHARES = (70, 22, 2, 2, 2, 2)
-# What a host with this outcome goes through, with the seconds that it takes at least and at most.
-LOOK, PULL, WRITE, START_UP, PROVE, BACK = (
-    ("preflight", 1.1, 2.4),
-    ("pull", 20, 140),
-    ("configure", 0.6, 1.6),
-    ("deploy", 1.5, 4),
-    ("verify", 38, 75),
-    ("rollback", 35, 60),
-)
-PHASES = {
-    "changed": (LOOK, PULL, WRITE, START_UP, PROVE),
-    "already_right": (LOOK,),
-    "rolled_back": (LOOK, PULL, WRITE, START_UP, PROVE, BACK),
-    "failed": (LOOK, PULL, WRITE, START_UP, PROVE, BACK),
-    "unreachable": (),
-    "refused": (LOOK,),
-    "untouched": (),
-}
+# The shortest and the longest time of each phase.
+SECONDS = {
+    "preflight": (1.1, 2.4), "pull": (20, 140), "configure": (0.6, 1.6), "deploy": (1.5, 4), "verify": (38, 75),
+    "rollback": (35, 60),
+}  # fmt: skip
+ACTIONS = {phase: action for action, phase in PHASE_OF.items()} | {"rollback": "server_snapshot"}
 ERRORS = {
     "rolled_back": (
         "The server was not ready after 300 s: the model is still loading.\n"
         "What was proven before serves again on GPU 0.\n"
-        "Cure: look at 'docker logs --tail 50 vllm-server', or give it longer with vllm_gpu_start_timeout."
+        "Cure: read 'docker logs --tail 50 vllm-server', or give it longer with vllm_gpu_start_timeout."
     ),
     "failed": (
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.90 GiB.\n"
-        "The last proven server could not be put back: HAS NO PROVEN SERVER NOW.\n"
+        "The last proven server could not be restored: NO PROVEN SERVER IS RUNNING.\n"
         "Cure: free the card ('nvidia-smi' names who holds it), then run this again."
     ),
     "unreachable": "Failed to connect to the host via ssh: connect to port 22: No route to host",
@@ -53,118 +42,112 @@ ERRORS = {
 }
 
 
-def stamp(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+Event = dict[str, Any]
 
 
-def card(index: int, number: int) -> dict[str, Any]:
-    """The card of host `number`: no two hosts share one."""
-    one = CARDS[index]
-    return {**one, "uuid": f"{str(one['uuid'])[:-4]}{number:04x}"}
+def event(name: str, at: datetime, **data: Any) -> Event:  # noqa: ANN401
+    return {"event": name, "created": at.isoformat(timespec="microseconds"), "event_data": data}
 
 
-def host(number: int, outcome: str, chance: random.Random, *, digits: int) -> dict[str, Any]:
-    """A host whose phases start at 0; `waves` moves them to where they belong."""
-    served = outcome in {"changed", "already_right", "rolled_back"}
-    before = None if outcome == "unreachable" else card(int(outcome == "already_right"), number)
-    after = card(int(outcome != "rolled_back"), number) if served else None
-    phases = [(name, round(chance.uniform(least, most), 1)) for name, least, most in PHASES[outcome]]
-    downtime = sum(seconds for name, seconds in phases if name in {"deploy", "verify", "rollback"})
+def task(
+    host: str, action: str, at: datetime, seconds: float, end: str = "ok", **result: Any  # noqa: ANN401
+) -> list[Event]:  # fmt: skip
+    data = {"host": host, "task_action": f"mlops.vllm_gpu.{action}"}
+    ended = event(f"runner_on_{end}", at + timedelta(seconds=seconds), **data, res=result)
+    return [event("runner_on_start", at, **data), ended]
+
+
+def state(number: int, on: int | None, *, verdict: str = "ok", recorded: bool = False) -> dict[str, Any]:
+    """Return what server_info reads on host `number`; no two hosts share a card."""
+    gpus = [{**card, "uuid": f"{str(card['uuid'])[:-4]}{number:04x}"} for card in CARDS]
+    held = [] if on is None else [{"gpu_uuid": gpus[on]["uuid"]}]
+    message = "vllm-server runs on GPU {index} ({name}, {uuid}) and on no other."
+    message = "" if on is None else message.format(**gpus[on])
     return {
-        "name": f"gpu{number:0{digits}}",
-        "wave": None,
-        "outcome": outcome,
-        "before": before,
-        "after": after,
-        "verdict": "ok" if served else {"failed": "unknown", "untouched": "misplaced"}.get(outcome),
-        "message": "vllm-server runs on GPU {index} ({name}, {uuid}) and on no other.".format(**after)
-        if after
-        else "",
-        "error": ERRORS.get(outcome),
-        "started_at": None,
-        "ended_at": None,
-        "seconds": round(sum(seconds for _name, seconds in phases), 1) if phases else None,
-        "downtime_s": round(downtime, 1) if served else None,
-        "phases": [{"name": name, "started_at": None, "seconds": seconds} for name, seconds in phases],
-    }
+        "referee": {"processes": held, "message": message, "verdict": verdict}, "gpus": gpus, "gpu": gpus[1],
+        "changes": [], "proven": verdict == "ok", "recorded": recorded,
+    }  # fmt: skip
 
 
-def run(hosts: list[dict[str, Any]], start: datetime, forks: int) -> datetime:
-    """Let `forks` hosts at a time go through their phases, and say when the last one was through."""
-    free = [start] * forks
-    for one in hosts:
-        now = min(free)
-        slot = free.index(now)
-        one["started_at"] = stamp(now)
-        for phase in one["phases"]:
-            phase["started_at"] = stamp(now)
-            now += timedelta(seconds=phase["seconds"])
-        if not one["phases"]:
-            now += timedelta(seconds=10)
-            one["seconds"] = 10.0
-        one["ended_at"] = stamp(now)
-        free[slot] = now
-    return max(free)
+def change(host: str, number: int, outcome: str, at: datetime, chance: random.Random) -> Iterator[Event]:
+    """Yield the events of a host in its wave."""
+    if outcome == "unreachable":
+        yield from task(host, "host_lock", at, 10, "unreachable", msg=ERRORS[outcome])
+        return
+    if outcome == "refused":
+        yield from task(host, "server_info", at, 2, "failed", msg=ERRORS[outcome])
+        return
+    good = outcome == "changed"
+    after = state(number, 0) if outcome == "rolled_back" else state(number, None, verdict="unknown")
+    results = {"verify": state(number, 1) if good else {}, "rollback": after}
+    for phase, action in ACTIONS.items():
+        if phase == "rollback" and good:
+            return
+        seconds = chance.uniform(*SECONDS[phase])
+        end = "failed" if phase == "verify" and not good else "ok"
+        yield from task(host, action, at, seconds, end, **results.get(phase, {}))
+        at += timedelta(seconds=seconds)
+    yield from task(host, "fail", at, 0, "failed", msg=ERRORS[outcome])
 
 
-def sizes(hosts: int) -> Iterator[int]:
-    """One host first, then some, then the rest."""
-    yield 1
-    some = (hosts - 1) // 20
-    if some:
-        yield some
-    if hosts - 1 > some:
-        yield hosts - 1 - some
-
-
-def example(hosts: int) -> dict[str, Any]:
-    """A report with this many hosts; from seven on every outcome is in it."""
-    chance = random.Random(hosts)  # noqa: S311 - the same every time is what it is for
+def plan(hosts: int, chance: random.Random, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Return the hosts with their outcomes; from seven hosts on, every outcome occurs."""
     left_over = hosts // 20
     outcomes = chance.choices(OUTCOMES[:-1], SHARES, k=hosts - left_over) + ["untouched"] * left_over
     outcomes[: min(len(OUTCOMES) - 1, hosts)] = OUTCOMES[: min(len(OUTCOMES) - 1, hosts)]
     if 7 <= hosts < 20:
         outcomes[-1] = "untouched"
     digits = max(2, len(str(hosts)))
-    all_hosts = [host(number + 1, one, chance, digits=digits) for number, one in enumerate(outcomes)]
-    # All are looked at first; those that are right already take part in no wave.
-    now = run([one for one in all_hosts if one["outcome"] == "already_right"], START, forks=50)
-    to_change = [one for one in all_hosts if one["outcome"] not in {"already_right", "untouched"}]
-    waves = []
-    for number, size in enumerate(sizes(len(to_change)), 1):
-        wave, to_change = to_change[:size], to_change[size:]
-        for one in wave:
-            one["wave"] = number
-        ended = run(wave, now, forks=min(50, max(4, size // 4)))
-        waves.append(
-            {
-                "number": number,
-                "hosts": [one["name"] for one in wave],
-                "started_at": stamp(now),
-                "ended_at": stamp(ended),
-            }
-        )
-        now = ended + timedelta(seconds=3)
-    counts = Counter(outcomes)
-    if counts["untouched"]:
-        outcome, message = "stopped", "Too many hosts failed in the last wave, so no further host was begun."
-    elif counts["rolled_back"]:
-        outcome, message = "failed", "Every wave was run, but not every host is where it should be."
-    else:
-        outcome, message = "done", "Every host serves on the GPU that it was asked for."
     return {
-        "schema": 1,
-        "id": START.strftime("%Y%m%dT%H%M%SZ"),
-        "outcome": outcome,
-        "message": message,
-        "started_at": stamp(START),
-        "ended_at": stamp(now),
-        "started_by": "deploy on controller",
-        "inventory": "inventory/hosts.yml",
-        "limit": "",
-        "left_over": [],
-        "request": {"gpu_device_id": "1"},
-        "waves": waves,
-        "hosts": all_hosts,
-        "totals": {one: counts[one] for one in OUTCOMES},
+        f"gpu{number:0{digits}}": outcome if outcome in kinds else "changed"
+        for number, outcome in enumerate(outcomes, 1)
     }
+
+
+def events(hosts: int, kinds: tuple[str, ...] = OUTCOMES) -> Iterator[Event]:
+    """Yield the events in their order; an outcome that is not one of `kinds` becomes "changed"."""
+    chance = random.Random(hosts)  # noqa: S311 - the same each time is its purpose
+    planned = plan(hosts, chance, kinds)
+    numbers = {host: number for number, host in enumerate(planned, 1)}
+    yield event("playbook_on_play_start", START)
+    for host, outcome in planned.items():
+        right = outcome == "already_right"
+        read = state(numbers[host], int(right), verdict="ok" if right else "misplaced", recorded=right)
+        yield from task(host, "server_info", START, 2, **read)
+    to_change = [host for host, outcome in planned.items() if outcome not in ("already_right", "untouched")]
+    # One host first, then some, then the rest.
+    some = (len(to_change) - 1) // 20
+    waves = list(filter(None, (1, some, len(to_change) - 1 - some)))
+    stats = {"data": {"vllm_gpu_rollout": {"to_change": to_change, "waves": waves}}}
+    now = START + timedelta(seconds=3)
+    yield from task("gpu01", "set_stats", now, 0, ansible_stats=stats)
+    for size in waves:
+        yield event("playbook_on_play_start", now)
+        found: list[Event] = []
+        for place, host in enumerate(to_change[:size]):
+            started = now + timedelta(seconds=place / 5)
+            found += change(host, numbers[host], planned[host], started, chance)
+        found.sort(key=lambda each: str(each["created"]))
+        yield from found
+        to_change = to_change[size:]
+        now = datetime.fromisoformat(found[-1]["created"])
+    failed = {host: 1 for host, outcome in planned.items() if outcome in ("failed", "rolled_back", "refused")}
+    yield event("playbook_on_stats", now, failures=failed, rescued={}, dark={})
+
+
+def rollout(hosts: int) -> Rollout:
+    """Return a rollout before its first event."""
+    header = {
+        "id": START.strftime("%Y%m%dT%H%M%SZ"), "started_at": START.isoformat(), "started_by": "deploy on controller",
+        "inventory": "inventory/hosts.yml", "limit": "", "wave": None, "request": {"gpu_device_id": "1"},
+        "files": list[str](), "left_over": list[str](),
+    }  # fmt: skip
+    return Rollout(plan(hosts, random.Random(hosts), OUTCOMES), header)  # noqa: S311
+
+
+def example(hosts: int) -> dict[str, Any]:
+    """Return the report of these events."""
+    found = rollout(hosts)
+    for each in events(hosts):
+        found.feed(each)
+    return found.report()

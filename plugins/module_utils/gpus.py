@@ -69,7 +69,7 @@ def expected(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if named and gpu["uuid"] == named["uuid"]:
             return dict(gpu)
         # The index is None where nvidia-smi's row could not be parsed.
-        if named and gpu["index"] == named["index"] is not None and is_instance(named):
+        if named and gpu["index"] is not None and gpu["index"] == named["index"] and is_instance(named):
             # nvidia-smi only reports the memory of the whole card.
             unknown = dict.fromkeys(("memory_total_mib", "memory_used_mib"))
             return {**gpu, **unknown, "uuid": named["uuid"], "card_uuid": gpu["uuid"]}

@@ -1,4 +1,4 @@
-"""End what a process has started."""
+"""End a process with its children."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that this one has started itself."""
+    """Return the children of a process."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -18,15 +18,15 @@ def children(pid: int) -> list[int]:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process with all that it has started.
+    """Kill a process with all its descendants.
 
-    A process group is not enough: Ansible gives each of its workers a session of its own.
+    A process group is not enough: each of Ansible's workers has its own session.
     """
     tree = [pid]
-    for one in tree:  # which grows meanwhile
+    for member in tree:  # it grows during the loop
         with contextlib.suppress(OSError):
-            os.kill(one, signal.SIGSTOP)
-            tree += children(one)
-    for one in tree:
+            os.kill(member, signal.SIGSTOP)
+            tree += children(member)
+    for member in tree:
         with contextlib.suppress(OSError):
-            os.kill(one, signal.SIGKILL)
+            os.kill(member, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""Fold the runner's events into the report of a roll-out.
+"""Turn the runner's events into the report of a rollout.
 
 Everything is decided from events and stats: which task of the role ran, what
-its module returned, and what Ansible counted. No text that is meant for people
-is ever read.
+its module returned, and what Ansible counted. No text for people is parsed.
 """
 
 from __future__ import annotations
@@ -16,58 +15,59 @@ from typing import Any
 from fleet.text import without
 
 Event = Mapping[str, Any]
-# The outcomes of a host in the report, and for a person; what needs a person comes first.
+# The outcomes of a host in the report, and for a person; those that need a person come first.
 OUTCOMES = {
     "failed": "failed", "unreachable": "unreachable", "rolled_back": "rolled back", "refused": "refused",
     "changed": "changed", "already_right": "already right", "untouched": "untouched",
 }  # fmt: skip
-CONNECTION_ADVICE = "Mend the way to this host (ssh, become, python3), and run it again."
-# The phase of the lifecycle that a module of the collection belongs to. One that is missing here, as the lock's,
-# belongs to whatever phase goes on.
-PHASES = {
+NOT_RIGHT = ("failed", "unreachable", "rolled_back", "refused")
+CONNECTION_ADVICE = "Correct the connection to this host (ssh, become, python3), then run it again."
+# The phase that each module of the collection starts. Any other module, such as the lock's, belongs to the
+# current phase.
+PHASE_OF = {
     "server_info": "preflight", "command": "pull", "server_files": "configure", "server_up": "deploy",
     "wait_for_server": "verify",
 }  # fmt: skip
 
 
 def n_hosts(count: int) -> str:
-    """Say how many hosts."""
+    """Return `1 host`, `2 hosts`."""
     return f"{count} host{'' if count == 1 else 's'}"
 
 
 def waves_of(count: int, sizes: Iterable[object]) -> int:
     """Return how many waves Ansible's `serial` makes of `count` hosts."""
     steps = [
-        max(1, int(count * float(str(one)[:-1]) / 100)) if str(one).endswith("%") else int(str(one))
-        for one in sizes
+        max(1, int(count * float(str(size)[:-1]) / 100)) if str(size).endswith("%") else int(str(size))
+        for size in sizes
     ]
     number = 0
     while count > 0 and steps:
         step = steps[min(number, len(steps) - 1)]
-        count -= step if step > 0 else count  # 0 is all of them, for Ansible
+        count -= step if step > 0 else count  # for Ansible, 0 means all of them
         number += 1
     return number
 
 
-def card_in_use(look: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the card that the server's processes hold by a look at the host, or None."""
-    processes = look["referee"]["processes"] or []
+def card_in_use(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the card that the server's processes hold, from what server_info read."""
+    processes = state["referee"]["processes"] or []
     # The UUID may be that of a MIG instance, which is in no list of cards; the index is its card's.
     held = {process.get(key) for process in processes for key in ("gpu_uuid", "gpu_index")} - {None}
-    for gpu in look["gpus"]:
+    for gpu in state["gpus"]:
         if gpu["uuid"] in held or gpu["index"] in held:
             return {key: gpu[key] for key in ("index", "uuid", "name")}
     return None
 
 
-def short(gpu: Mapping[str, Any] | None) -> str:
+def gpu_name(gpu: Mapping[str, Any] | None) -> str:
     """Return a card for a line of text: `GPU 1`."""
     return f"GPU {gpu['index']}" if gpu else "nothing"
 
 
 @dataclass
 class Host:
-    """One host of the roll-out, as far as it is known."""
+    """What is known of one host of the rollout."""
 
     name: str
     wave: int | None = None
@@ -78,6 +78,7 @@ class Host:
     message: str = ""
     error: str | None = None
     started: datetime | None = None
+    last_event: datetime | None = None
     ended: datetime | None = None
     down_since: datetime | None = None
     down_for: float | None = None
@@ -87,32 +88,31 @@ class Host:
     touched: bool = False
     proven: bool = False
     verified: bool = False
-    back: bool = False
-    lost: bool = False
+    restored: bool = False
+    unreachable: bool = False
     failed: bool = False
 
     @property
     def phase(self) -> str:
-        """The phase of the lifecycle that it is in."""
+        """The current phase of the lifecycle."""
         return str(self.phases[-1]["name"]) if self.phases else ""
 
     @property
     def outcome(self) -> str:
-        """What became of it, in the report's words."""
-        if self.lost:
+        """The host's outcome in the report."""
+        if self.unreachable:
             return "unreachable"
         if self.failed and not self.touched:
             return "refused"
         if self.failed:
-            return "rolled_back" if self.back else "failed"
+            return "rolled_back" if self.restored else "failed"
         if self.touched:
-            # A host whose change was cut off is no success, whatever Ansible counted; nor is one that was
-            # about to be recorded when Ansible was killed.
+            # Ansible may count a host as good whose change was cut off, or not yet recorded when it was killed.
             return "changed" if self.proven and (self.ended or self.verified) else "failed"
         return "already_right" if self.right else "untouched"
 
     def enter(self, phase: str, at: datetime) -> bool:
-        """Note that a phase begins; False where it goes on."""
+        """Start a phase; return False if it is the current one."""
         if phase == self.phase:
             return False
         self.leave(at)
@@ -120,36 +120,31 @@ class Host:
         return True
 
     def leave(self, at: datetime) -> None:
-        """Note that its phase has ended."""
+        """End the current phase."""
         if self.phases and not self.phases[-1]["seconds"]:
-            begun = datetime.fromisoformat(self.phases[-1]["started_at"])
-            self.phases[-1]["seconds"] = round((at - begun).total_seconds(), 3)
+            started = datetime.fromisoformat(self.phases[-1]["started_at"])
+            self.phases[-1]["seconds"] = round((at - started).total_seconds(), 3)
+
+    def seconds(self, until: datetime | None) -> float:
+        """Return how long the host has been worked on."""
+        return (until - self.started).total_seconds() if until and self.started else 0.0
 
     def report(self) -> dict[str, Any]:
-        """Return what the report says of it."""
-        seconds = (self.ended - self.started).total_seconds() if self.started and self.ended else None
+        """Return the host's part of the report."""
+        shown = ("name", "wave", "outcome", "before", "after", "verdict", "message", "error", "phases")
         return {
-            "name": self.name,
-            "wave": self.wave,
-            "outcome": self.outcome,
-            "before": self.before,
-            "after": self.after,
-            "verdict": self.verdict,
-            "message": self.message,
-            "error": self.error,
+            **{name: getattr(self, name) for name in shown},
             "started_at": self.started.isoformat() if self.started else None,
             "ended_at": self.ended.isoformat() if self.ended else None,
-            "seconds": None if seconds is None else round(seconds, 3),
+            "seconds": round(self.seconds(self.ended), 3) if self.started and self.ended else None,
             "downtime_s": None if self.down_for is None else round(self.down_for, 3),
-            "phases": self.phases,
         }
 
 
 class Rollout:
-    """The state of a roll-out; `feed` it the runner's events in their order.
+    """The state of a rollout; `feed` it the runner's events in their order.
 
-    `notify` is called with a word and values for whoever shows the progress:
-    plan, wave, phase, host.
+    `notify` is called for each event that a view shows: plan, wave, phase, host.
     """
 
     def __init__(
@@ -159,7 +154,7 @@ class Rollout:
         notify: Callable[..., None] = lambda *_, **__: None,
         secrets: Iterable[str] = (),
     ) -> None:
-        """Begin with the hosts that are asked for: those never reached appear in no event."""
+        """Start with the names of all hosts: those never reached appear in no event."""
         self.secrets = list(secrets)
         self.hosts = {name: Host(name) for name in names}
         self.header = dict(header)
@@ -167,16 +162,19 @@ class Rollout:
         self.waves: list[dict[str, Any]] = []
         self.to_change: list[str] = []
         self.expected_waves = 0
-        # Whether Ansible ended with an error that is none of a host's.
+        # Whether Ansible itself failed, and not a host.
         self.broken = False
         self.ended: datetime | None = None
 
     def feed(self, event: Event) -> None:
-        """Take one event of ansible-runner."""
+        """Handle one event of ansible-runner."""
         handler = getattr(self, f"_{event['event']}", None)
         if handler:
-            data = event["event_data"]
-            handler(data, self.hosts.get(data.get("host", "")), datetime.fromisoformat(event["created"]))
+            data, at = event["event_data"], datetime.fromisoformat(event["created"])
+            host = self.hosts.get(data.get("host", ""))
+            if host:
+                host.last_event = at
+            handler(data, host, at)
 
     def _playbook_on_play_start(self, _data: Event, _host: Host | None, at: datetime) -> None:
         self._end_wave(at)
@@ -187,15 +185,13 @@ class Rollout:
             )
 
     def _end_wave(self, at: datetime) -> None:
-        if self.waves and not self.waves[-1]["ended_at"]:
-            self.waves[-1]["ended_at"] = at.isoformat()
-            for name in self.waves[-1]["hosts"]:
-                self._end_host(self.hosts[name], at)
-
-    def _end_host(self, host: Host, at: datetime) -> None:
-        if host.started and not host.ended:
-            host.leave(at)
-            host.ended = at
+        if not self.waves or self.waves[-1]["ended_at"]:
+            return
+        self.waves[-1]["ended_at"] = at.isoformat()
+        for host in map(self.hosts.__getitem__, self.waves[-1]["hosts"]):
+            # Not the wave's end: a host that is refused has long been done.
+            host.ended = host.last_event or at
+            host.leave(host.ended)
             self.notify("host", host=host)
 
     def _runner_on_start(self, data: Event, host: Host | None, at: datetime) -> None:
@@ -212,7 +208,7 @@ class Rollout:
         if phase and host.enter(phase, at):
             self.notify("phase", host=host)
         if action == "server_up":
-            # It may be cut off before it can say what it changed.
+            # It may be cut off before it reports a change.
             host.touched = host.touched or bool(host.wave)
             if host.before and not host.down_since:
                 host.down_since = at
@@ -222,11 +218,11 @@ class Rollout:
         if host.phase == "rollback":
             return ""
         if action == "server_snapshot":
-            # Of a host that fails, only what was changed is put back.
+            # After an error, it restores what was changed.
             return "rollback" if host.error else ""
         if action == "server_info" and host.phase in ("configure", "deploy", "verify"):
             return "verify"
-        return PHASES.get(action, "")
+        return PHASE_OF.get(action, "")
 
     def _runner_on_ok(self, data: Event, host: Host | None, at: datetime) -> None:
         result = data.get("res") or {}
@@ -237,28 +233,28 @@ class Rollout:
         if host.wave and result.get("changed"):
             host.touched = True
             if host.phase in ("configure", "deploy"):
-                host.proven = host.verified = False  # what was proven until now is being replaced
+                host.proven = host.verified = False  # the server that was proven is being replaced
         if "referee" in result and "proven" in result:
-            self._look(host, result, at)
+            self._server_read(host, result, at)
 
-    def _look(self, host: Host, look: Event, at: datetime) -> None:
-        host.message = without(self.secrets, look["referee"]["message"] or "")
-        host.verdict = look["referee"]["verdict"]
+    def _server_read(self, host: Host, state: Event, at: datetime) -> None:
+        host.message = without(self.secrets, state["referee"]["message"] or "")
+        host.verdict = state["referee"]["verdict"]
+        host.after = card_in_use(state)
         if host.wave is None:
-            host.before = card_in_use(look)
-            host.right = bool(look["recorded"])
-            # The card is told as `before → after`, and new files say nothing more.
+            host.before = host.after
+            host.right = bool(state["recorded"])
+            # The card is shown as `before → after`, and new files add nothing.
             host.changes = [
-                without(self.secrets, one)
-                for one in look["changes"]
-                if not (one.startswith("GPU ") or one.endswith(" is new"))
+                without(self.secrets, change)
+                for change in state["changes"]
+                if not (change.startswith("GPU ") or change.endswith(" is new"))
             ]
-            host.wanted = look["gpu"]
-        host.after = card_in_use(look)
-        host.proven = bool(look["proven"])
-        host.verified = host.proven and bool(look["recorded"]) and host.phase != "rollback"
+            host.wanted = state["gpu"]
+        host.proven = bool(state["proven"])
+        host.verified = host.proven and bool(state["recorded"]) and host.phase != "rollback"
         if host.proven and host.phase == "rollback":
-            host.back = True
+            host.restored = True
         if host.proven and host.down_since and host.down_for is None:
             host.down_for = (at - host.down_since).total_seconds()
 
@@ -279,7 +275,7 @@ class Rollout:
 
     def _runner_on_unreachable(self, data: Event, host: Host | None, _at: datetime) -> None:
         if host is not None:
-            host.lost = True
+            host.unreachable = True
             error = (data.get("res") or {}).get("msg", "It could not be reached.")
             host.error = without(self.secrets, f"{error}\n{CONNECTION_ADVICE}")
 
@@ -287,77 +283,66 @@ class Rollout:
         for host in self.hosts.values():
             # Rescued means that something failed: such a host is no success.
             host.failed = bool(data["failures"].get(host.name) or data["rescued"].get(host.name))
-            host.lost = host.lost or bool(data["dark"].get(host.name))
+            host.unreachable = host.unreachable or bool(data["dark"].get(host.name))
         self._end_wave(at)
         self.ended = at
 
     @property
     def totals(self) -> dict[str, int]:
-        """How many hosts there are of each outcome."""
+        """How many hosts have each outcome."""
         counted = Counter(host.outcome for host in self.hosts.values())
         return {outcome: counted[outcome] for outcome in OUTCOMES}
 
     def outcome(self, *, running: bool = False, stopped: bool = False) -> str:
-        """What became of the whole roll-out, in the report's words."""
+        """Return the outcome of the whole rollout."""
         totals = self.totals
         if running:
             return "running"
-        if any(totals[one] for one in ("failed", "rolled_back", "refused", "unreachable")):
+        if any(totals[outcome] for outcome in NOT_RIGHT):
             return "failed" if any(host.wave for host in self.hosts.values()) else "refused"
         if totals["untouched"] or self.broken:
             return "stopped" if stopped else "failed"
         return "done"
 
     def report(self, *, running: bool = False, stopped: bool = False) -> dict[str, Any]:
-        """Return the report as it stands; docs/rollout-report.md explains its fields."""
+        """Return the report; docs/rollout-report.md explains its fields."""
         outcome = self.outcome(running=running, stopped=stopped)
+        message, left_over = self.sentence(outcome), self.header.get("left_over")
+        if left_over:
+            message += f" Not done yet, because --limit excluded them: {', '.join(left_over)}."
         return {
             "schema": 1,
             **self.header,
             "outcome": outcome,
-            "message": self.sentence(outcome) + self.rest(),
+            "message": message,
             "ended_at": self.ended.isoformat() if self.ended else None,
             "waves": [wave for wave in self.waves if wave["hosts"]],
             "hosts": [host.report() for host in self.hosts.values()],
             "totals": self.totals,
         }
 
-    def rest(self) -> str:
-        """Say which hosts of the roll-out that this one resumes were left out of it."""
-        names = self.header.get("left_over")
-        return f" Not done yet, as --limit left them out: {', '.join(names)}." if names else ""
-
     def sentence(self, outcome: str) -> str:
-        """Say in a sentence or two what became of it."""
-        totals = self.totals
+        """Return the outcome in a sentence or two."""
+        totals, every = self.totals, n_hosts(len(self.hosts))
         right = totals["changed"] + totals["already_right"]
-        lost = [
-            h for h in self.hosts.values() if h.outcome in ("failed", "rolled_back", "refused", "unreachable")
-        ]
-        who = ", ".join(f"{host.name} ({OUTCOMES[host.outcome]})" for host in lost[:3])
-        who += f" and {len(lost) - 3} others" if len(lost) > 3 else ""
-        untouched = totals["untouched"]
-        left = f"{untouched or 'None'} of {n_hosts(len(self.hosts))} {'is' if untouched == 1 else 'are'} left untouched."
+        are = "is" if right == 1 else "are"
         if outcome == "done":
-            what = "The host is" if right == 1 else f"All {right} hosts are"
-            return (
-                f"{what} proven: {totals['changed']} changed, {totals['already_right']} were right already."
-            )
-        if outcome == "refused":
-            return (
-                f"Nothing was touched, as {len(lost)} of {n_hosts(len(self.hosts))} can't be served: {who}."
-            )
+            which = "The host is" if right == 1 else f"All {right} hosts are"
+            return f"{which} proven: {totals['changed']} changed, {totals['already_right']} already right."
         if outcome == "running":
-            return f"{right} of {n_hosts(len(self.hosts))} {'is' if right == 1 else 'are'} proven so far."
+            return f"{right} of {every} {are} proven so far."
+        untouched = totals["untouched"]
+        left = f"{untouched or 'None'} of {every} {'was' if untouched == 1 else 'were'} left untouched."
         if outcome == "stopped":
-            return f"Stopped as asked: {n_hosts(right)} {'is' if right == 1 else 'are'} proven. {left}"
-        if not lost:
-            early = (
-                "It ended before all hosts had their turn."
-                if untouched
-                else "Ansible itself ended with an error."
-            )
-            return f"{early} {left}"
-        wave = max((host.wave or 0) for host in lost)
+            return f"Stopped on request: {n_hosts(right)} {are} proven. {left}"
+        bad = [host for host in self.hosts.values() if host.outcome in NOT_RIGHT]
+        names = ", ".join(f"{host.name} ({OUTCOMES[host.outcome]})" for host in bad[:3])
+        names += f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        if outcome == "refused":
+            return f"Nothing was changed, because {len(bad)} of {every} cannot be served: {names}."
+        if not bad:
+            why = "It ended before every host had its turn" if untouched else "Ansible itself failed"
+            return f"{why}. {left}"
+        wave = max((host.wave or 0) for host in bad)
         where = "at the canary" if wave == 1 else f"in wave {wave}"
-        return f"Stopped {where}: {who}. {left}"
+        return f"Stopped {where}: {names}. {left}"

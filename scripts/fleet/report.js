@@ -1,6 +1,6 @@
 "use strict";
-// The address says what is shown (#sort=downtime&dir=desc&outcome=failed&q=gpu1), so that a view can be
-// shared. Text of the report is only ever read here, never made into markup.
+// The address holds the view (#sort=downtime&dir=desc&outcome=failed&q=gpu1), so that it can be shared.
+// Text of the report is only read here, never made into markup.
 (() => {
   const table = document.querySelector("table");
   const heads = [...table.tHead.rows[0].cells];
@@ -15,7 +15,7 @@
     }),
     bars: [],
   }));
-  const byName = new Map(rows.map((one) => [one.keys[0], one]));
+  const byName = new Map(rows.map((entry) => [entry.keys[0], entry]));
   for (const bar of document.querySelectorAll("[data-host]")) {
     byName.get(bar.dataset.host.trim())?.bars.push(bar);
   }
@@ -25,34 +25,34 @@
   const shown = document.querySelector("#shown");
   const list = document.querySelector("#list");
   const collator = new Intl.Collator("en", { numeric: true });
-  // Of these, the largest are what one looks for.
+  // The largest of these matter most.
   const largestFirst = ["downtime", "duration"];
   let state;
 
   const read = () => {
-    const asked = new URLSearchParams(location.hash.slice(1));
-    const column = heads.findIndex((head) => head.dataset.key === asked.get("sort"));
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    const column = heads.findIndex((head) => head.dataset.key === wanted.get("sort"));
     state = {
       column: column < 0 ? heads.findIndex((head) => head.dataset.key === "outcome") : column,
-      down: asked.get("dir") === "desc",
-      outcomes: new Set((asked.get("outcome") ?? "").split(",").filter((one) => known.has(one))),
-      q: asked.get("q") ?? "",
+      down: wanted.get("dir") === "desc",
+      outcomes: new Set((wanted.get("outcome") ?? "").split(",").filter((outcome) => known.has(outcome))),
+      q: wanted.get("q") ?? "",
     };
   };
 
   const save = () => {
-    const said = new URLSearchParams();
+    const parameters = new URLSearchParams();
     const key = heads[state.column].dataset.key;
-    if (key !== "outcome" || state.down) said.set("sort", key);
-    if (state.down) said.set("dir", "desc");
-    if (state.outcomes.size) said.set("outcome", [...state.outcomes].join(","));
-    if (state.q) said.set("q", state.q);
-    history.replaceState(null, "", `#${said}`.replaceAll("%2C", ","));
+    if (key !== "outcome" || state.down) parameters.set("sort", key);
+    if (state.down) parameters.set("dir", "desc");
+    if (state.outcomes.size) parameters.set("outcome", [...state.outcomes].join(","));
+    if (state.q) parameters.set("q", state.q);
+    history.replaceState(null, "", `#${parameters}`.replaceAll("%2C", ","));
   };
 
   const compare = (a, b) => {
     const [x, y] = [a.keys[state.column], b.keys[state.column]];
-    // What isn't known comes last, whichever way it goes.
+    // Unknown values come last in both directions.
     if (x === "" || y === "") return (x === "") - (y === "") || a.place - b.place;
     const order = typeof x === "number" ? x - y : collator.compare(x, y);
     return (state.down ? -order : order) || a.place - b.place;
@@ -61,14 +61,14 @@
   const show = () => {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
-    for (const one of rows) {
+    for (const entry of rows) {
       const match =
-        (!state.outcomes.size || state.outcomes.has(one.outcome)) && words.every((word) => one.text.includes(word));
-      one.row.hidden = !match;
-      for (const bar of one.bars) bar.classList.toggle("off", !match);
+        (!state.outcomes.size || state.outcomes.has(entry.outcome)) && words.every((word) => entry.text.includes(word));
+      entry.row.hidden = !match;
+      for (const bar of entry.bars) bar.classList.toggle("off", !match);
       count += match;
     }
-    table.tBodies[0].append(...[...rows].sort(compare).map((one) => one.row));
+    table.tBodies[0].append(...[...rows].sort(compare).map((entry) => entry.row));
     heads.forEach((head, column) => {
       if (column === state.column) head.setAttribute("aria-sort", state.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
@@ -124,7 +124,7 @@
     show();
   });
   const page = document.documentElement;
-  // The table's head stays right below the tools, however many lines they need.
+  // The table's head stays below the tools, whose height varies.
   const tools = document.querySelector(".tools");
   new ResizeObserver(() => page.style.setProperty("--tools", `${tools.offsetHeight}px`)).observe(tools);
   page.classList.add("js");

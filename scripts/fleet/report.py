@@ -1,6 +1,6 @@
-"""The report of a roll-out, three times: for programs (JSON), for people (HTML) and for CI (JUnit XML).
+"""The report of a rollout in three forms: JSON for programs, HTML for people, and JUnit XML for CI.
 
-Host names, card names and errors come from the hosts: whatever they hold, it stays text that can be seen.
+Names and errors come from the hosts: whatever they contain stays visible text.
 docs/rollout-report.md describes the fields.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import atomic
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -29,85 +28,61 @@ HERE = Path(__file__).parent
 PASSES = {"changed", "already_right"}
 PHASES = ("preflight", "pull", "configure", "deploy", "verify", "rollback")
 
-# The lines of the timelines, in pixels: one with a name, and all of them together where a fleet
-# has more hosts than fit, so that 1,000 are still a picture.
+# Pixels: a timeline's line with a name, and all lines of a fleet that has too many hosts for names.
 _LINE, _HEIGHT = 24, 1200
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 
 
 def write(report: Mapping[str, Any], directory: Path) -> None:
-    """Write report.json, report.html and report.xml, each of them whole or not at all."""
-    # JSON first: whatever happens to the others, nothing is lost.
-    for name, form in (("report.json", as_json), ("report.html", as_html), ("report.xml", as_junit)):
-        _replace(directory / name, form(report))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o640)
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write report.json, report.html and report.xml, each completely or not at all."""
+    # JSON first: it has everything that the others show.
+    for name, render in (("report.json", as_json), ("report.html", as_html), ("report.xml", as_junit)):
+        atomic.write(str(directory / name), render(report), 0o640)
 
 
 def as_json(report: Mapping[str, Any]) -> bytes:
-    """For programs."""
+    """Return the form for programs."""
     return f"{json.dumps(visible_in(report), indent=1, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
-# --- JUnit -------------------------------------------------------------------------------------
-
-
 def as_junit(report: Mapping[str, Any]) -> bytes:
-    """For CI: every host is a test case, and what isn't where it should be is a failure."""
+    """Return the form for CI: every host is a test case, and a host that is not right is a failure."""
     report = visible_in(report)
     hosts = report["hosts"]
     counts = {
         "tests": str(len(hosts)),
-        "failures": str(sum(one["outcome"] not in PASSES | {"untouched"} for one in hosts)),
+        "failures": str(sum(host["outcome"] not in PASSES | {"untouched"} for host in hosts)),
         "errors": "0",
-        "skipped": str(sum(one["outcome"] == "untouched" for one in hosts)),
+        "skipped": str(sum(host["outcome"] == "untouched" for host in hosts)),
         "time": f"{_seconds(report['started_at'], report['ended_at']) or 0:.3f}",
     }
     root = ET.Element("testsuites", counts)
-    # The format wants a time without zone or fractions.
-    suite = ET.SubElement(
-        root,
-        "testsuite",
-        {"name": f"rollout {report['id']}", "timestamp": report["started_at"][:19], **counts},
+    # The format requires a time without zone or fractions.
+    about = {"name": f"rollout {report['id']}", "timestamp": report["started_at"][:19]}
+    suite = ET.SubElement(root, "testsuite", {**about, **counts})
+    for host in sorted(hosts, key=_by_wave):
+        _test_case(suite, host)
+    return (
+        b'<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode").encode() + b"\n"
     )
-    for one in sorted(hosts, key=_by_wave):
-        _test_case(suite, one)
-    text = ET.tostring(root, encoding="unicode")
-    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + text.encode() + b"\n"
 
 
 def _test_case(suite: ET.Element, host: Mapping[str, Any]) -> None:
     wave = "no wave" if host["wave"] is None else f"wave {host['wave']}"
-    case = ET.SubElement(
-        suite,
-        "testcase",
-        {"classname": f"rollout.{wave}", "name": host["name"], "time": f"{host['seconds'] or 0:.3f}"},
-    )
+    about = {"classname": f"rollout.{wave}", "name": host["name"], "time": f"{host['seconds'] or 0:.3f}"}
+    case = ET.SubElement(suite, "testcase", about)
     error = host["error"] or host["message"] or OUTCOMES[host["outcome"]]
-    attributes = {"type": host["outcome"], "message": error.partition("\n")[0]}
+    message = error.partition("\n")[0]
     if host["outcome"] == "untouched":
-        ET.SubElement(case, "skipped", {"message": attributes["message"]})
+        ET.SubElement(case, "skipped", {"message": message})
     elif host["outcome"] not in PASSES:
-        ET.SubElement(case, "failure", attributes).text = error
+        ET.SubElement(case, "failure", {"type": host["outcome"], "message": message}).text = error
     if host["message"]:
         ET.SubElement(case, "system-out").text = host["message"]
 
 
-# --- HTML --------------------------------------------------------------------------------------
-
-
 class Segment(NamedTuple):
-    """A phase of a host, as a piece of its bar: percent of the axis."""
+    """A part of a bar, in percent of its axis."""
 
     phase: str
     x: str
@@ -125,7 +100,7 @@ class Bar(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """A wave as a picture."""
+    """The picture of a wave."""
 
     wave: Mapping[str, Any]
     counts: list[tuple[str, int]]
@@ -136,7 +111,7 @@ class Timeline(NamedTuple):
 
 
 def as_html(report: Mapping[str, Any]) -> bytes:
-    """For people: one page that needs nothing beside it."""
+    """Return the form for people: one page that loads nothing else."""
     report = visible_in(report)
     environment = Environment(
         loader=FileSystemLoader(HERE),
@@ -145,15 +120,16 @@ def as_html(report: Mapping[str, Any]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, moment=moment, short=short)
-    # No text of the report comes near these two, so the page's policy can name them by their hashes.
+    environment.filters.update(duration=duration, moment=moment, model=model)
+    # They contain no text of the report, so the page's policy can allow them by their hashes.
     style, script = (
         Markup((HERE / name).read_text(encoding="utf-8"))  # noqa: S704 - our own
         for name in ("report.css", "report.js")
     )
-    counts = Counter(one["outcome"] for one in report["hosts"])
+    counts = Counter(host["outcome"] for host in report["hosts"])
     timelines = list(_timelines(report))
-    drawn = {one.phase for timeline in timelines for row in timeline.bars for one in row.segments}
+    drawn = {part.phase for timeline in timelines for bar in timeline.bars for part in bar.segments}
+    down = [host for host in report["hosts"] if host["downtime_s"]]
     page = environment.get_template("report.html.j2").render(
         report=report,
         hosts=sorted(report["hosts"], key=_by_need),
@@ -162,11 +138,7 @@ def as_html(report: Mapping[str, Any]) -> bytes:
         right=sum(counts[outcome] for outcome in PASSES),
         words=OUTCOMES,
         ranks={outcome: rank for rank, outcome in enumerate(OUTCOMES)},
-        longest=max(
-            (one for one in report["hosts"] if one["downtime_s"]),
-            key=lambda one: one["downtime_s"],
-            default=None,
-        ),
+        longest=max(down, key=lambda host: host["downtime_s"], default=None),
         took=_seconds(report["started_at"], report["ended_at"]),
         phases=[name for name in (*PHASES, "other") if name in drawn],
         timelines=timelines,
@@ -196,7 +168,7 @@ def _seconds(start: str | None, end: str | None) -> float | None:
 
 
 def duration(seconds: float | None) -> str:
-    """12.3 s, 4 min 05 s, 1 h 02 min."""
+    """Return `12.3 s`, `4 min 05 s` or `1 h 02 min`."""
     if seconds is None:
         return ""
     if round(seconds, 1) < 60:
@@ -206,18 +178,18 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(text: str | None, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """A time as a person writes it, in UTC; what is no time is shown as it is."""
+    """Return a time for a person, in UTC; other text stays as it is."""
     time = _time(text)
     return time.astimezone(UTC).strftime(form) if time else text or ""
 
 
-def short(card: Mapping[str, Any]) -> str:
-    """A card's name without what every card's name starts with."""
+def model(card: Mapping[str, Any]) -> str:
+    """Return a card's name without the vendor."""
     return str(card["name"]).removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def _natural(name: str) -> str:
-    """gpu2 before gpu10."""
+    """Sort gpu2 before gpu10."""
     return re.sub("[0-9]+", lambda number: number[0].zfill(12), name)
 
 
@@ -236,7 +208,7 @@ def _by_start(host: Mapping[str, Any]) -> tuple[int, float, str]:
 
 
 def _shares(counts: Mapping[str, int]) -> Iterable[Segment]:
-    """The outcomes as one bar of 100 %."""
+    """Yield the outcomes as the parts of one bar."""
     x = 0.0
     for outcome in OUTCOMES:
         width = 100 * counts[outcome] / (sum(counts.values()) or 1)
@@ -247,80 +219,69 @@ def _shares(counts: Mapping[str, int]) -> Iterable[Segment]:
 
 def _timelines(report: Mapping[str, Any]) -> Iterable[Timeline]:
     by_wave: dict[int, list[Mapping[str, Any]]] = {}
-    for one in sorted(report["hosts"], key=_by_start):
-        by_wave.setdefault(one["wave"], []).append(one)
+    for host in sorted(report["hosts"], key=_by_start):
+        by_wave.setdefault(host["wave"], []).append(host)
     total = sum(len(hosts) for wave, hosts in by_wave.items() if wave is not None) or 1
     names = 40 if total <= 200 else 5
     for wave in report["waves"]:
         hosts = by_wave.get(wave["number"], [])
-        # A small wave of a large fleet may have a little more than its share.
+        # A small wave of a large fleet may take a little more than its share.
         thin = max(1, min(8, max(_HEIGHT // total, 80 // (len(hosts) or 1))))
         yield _timeline(wave, hosts, thin if len(hosts) > names else _LINE)
 
 
 def _timeline(wave: Mapping[str, Any], hosts: list[Mapping[str, Any]], line: int) -> Timeline:
-    # A running wave reaches as far as anything that is known of it.
-    pieces = {one["name"]: list(_pieces(one)) for one in hosts}
-    ends = [end for piece in pieces.values() for _name, _start, end in piece]
-    starts = [start for piece in pieces.values() for _name, start, _end in piece]
-    begin = _time(wave["started_at"]) or min(starts, default=None)
+    parts = {host["name"]: list(_parts(host)) for host in hosts}
+    known = [part for host_parts in parts.values() for part in host_parts]
+    begin = _time(wave["started_at"]) or min((start for _name, start, _end in known), default=None)
+    # A running wave extends to the last time that is known of it.
+    ends = [end for _name, _start, end in known]
     end = max([*ends, *filter(None, [_time(wave["ended_at"])])], default=begin)
     span = max((end - begin).total_seconds() if begin and end else 0, 1)
     bars, y = [], 0
-    # Every piece reaches a little under the next one: rounded to pixels, there must be no gap.
-    for one in hosts:
-        # Among bars of a pixel or two, those that matter must not be lost.
-        height = line if one["outcome"] in PASSES else max(line, 3)
+    for host in hosts:
+        # Among bars of a pixel or two, those that need a person must stay visible.
+        height = line if host["outcome"] in PASSES else max(line, 3)
+        # Each part extends a little below the next one, so that rounding leaves no gap.
         segments = [
             Segment(
                 name,
                 x=f"{100 * (start - begin).total_seconds() / span:.2f}%",
                 width=f"{100 * (last - start).total_seconds() / span + 0.15:.2f}%",
             )
-            for name, start, last in pieces[one["name"]]
+            for name, start, last in parts[host["name"]]
             if begin
         ]
-        bars.append(Bar(one, _bar_title(one), y, height, segments))
+        bars.append(Bar(host, _bar_title(host), y, height, segments))
         y += height
-    counts = Counter(one["outcome"] for one in hosts)
-    return Timeline(
-        wave=wave,
-        counts=[(word, counts[outcome]) for outcome, word in OUTCOMES.items() if counts[outcome]],
-        named=line == _LINE,
-        bars=bars,
-        height=y,
-        ticks=list(_ticks(span)),
-    )
+    counts = Counter(host["outcome"] for host in hosts)
+    words = [(word, counts[outcome]) for outcome, word in OUTCOMES.items() if counts[outcome]]
+    return Timeline(wave, words, line == _LINE, bars, y, list(_ticks(span)))
 
 
-def _pieces(host: Mapping[str, Any]) -> Iterable[tuple[str, datetime, datetime]]:
-    """What is known of a host's time: its phases, or at least from when to when."""
+def _parts(host: Mapping[str, Any]) -> Iterable[tuple[str, datetime, datetime]]:
+    """Yield the phases of a host; without any, its start and end."""
     for phase in host["phases"]:
         start = _time(phase["started_at"])
         if start:
-            yield (
-                phase["name"] if phase["name"] in PHASES else "other",
-                start,
-                start + timedelta(seconds=phase["seconds"]),
-            )
+            name = phase["name"] if phase["name"] in PHASES else "other"
+            yield name, start, start + timedelta(seconds=phase["seconds"])
     start, end = _time(host["started_at"]), _time(host["ended_at"])
     if start and end and not host["phases"]:
         yield "other", start, end
 
 
 def _bar_title(host: Mapping[str, Any]) -> str:
-    phases = ", ".join(f"{one['name']} {duration(one['seconds'])}" for one in host["phases"])
+    phases = ", ".join(f"{phase['name']} {duration(phase['seconds'])}" for phase in host["phases"])
     total = f" in {duration(host['seconds'])}" if host["seconds"] is not None else ""
     return f"{host['name']}: {OUTCOMES[host['outcome']]}{total}{phases and f' ({phases})'}"
 
 
 def _ticks(span: float) -> Iterable[tuple[str, str]]:
-    """Where the axis has a line, and what it says: at most eight of them."""
-    step = next((one for one in _STEPS if span / one <= 7), _STEPS[-1])
+    """Yield the place and text of each line of the axis: at most eight."""
+    step = next((step for step in _STEPS if span / step <= 7), _STEPS[-1])
     for seconds in range(0, int(span) + 1, step):
         minutes, rest = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
-        yield (
-            f"{100 * seconds / span:.2f}%",
-            f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}",
-        )
+        text = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+        yield f"{100 * seconds / span:.2f}%", text

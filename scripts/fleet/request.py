@@ -1,4 +1,4 @@
-"""What a roll-out is asked for: read and checked before any host is; each fault is told in a sentence."""
+"""Read and check the request of a rollout before any host is contacted; Usage reports a fault in a sentence."""
 
 from __future__ import annotations
 
@@ -26,36 +26,31 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.outgoing import SEC
 
 from fleet.text import visible
 
-# Names of secrets: those of the role, and what people type. Numbers of tokens, and their tokenizer, are none.
+# Names of secrets: the role's, and those that people type. Not numbers of tokens, nor their tokenizer.
 _SECRET = re.compile(
     rf"{SECRET_NAME.pattern}|pass(?![a-z])|(^|_)pwd(?![a-z])|bearer|authorization|auth_?key|token(?!s|ize)|"
     r"(api|access|auth)_?tokens",
     re.IGNORECASE,
 )
-# In a text: an option or a variable, and what it is given. (An image's tag, after a slash and a name, is nothing given.)
-_GIVEN = re.compile(
+# In a text: an option or a variable, and its value. (Not the tag of an image, which follows a slash and a name.)
+_ASSIGNED = re.compile(
     r"""((?<![\w/-])--?[\w-]++(?=["']?\s)|(?<![\w-])[\w-]++(?=["']?\s*=)|(?<![\w/-])[\w-]++(?=["']?\s*:))"""
     r"""(?=["']?\s*[=:]?\s*(?:(?:bearer|basic)\s+)?("[^"]*"|'[^']*'|\S+))""",
     re.IGNORECASE,
 )
-# A name and a password, or a token, before a host. (An image's digest is none.)
+# A name and a password, or a token, before a host. (Not an image's digest.)
 _LOGIN = re.compile(r"://([^/\s]*)@|(?<![^\s/@:])([^\s/@:]+:[^\s/@]+)@(?!sha\d+:)")
 _LAST_OPTION = re.compile(r"(?<![\w/-])--?[\w-]+(?=[\s=]*\Z)")
-_DEEPEST = 20
-# Of a word that is quoted in a message; characters.
-_LONGEST = 200
-_SAFER = (
-    "and the command line is seen by everybody on this machine. Put it into the inventory's vault, or into a file: "
-    "-e @FILE."
-)
+_MAX_DEPTH = 20
+_MAX_QUOTED = 200  # characters of the command line in a message
 
 
 class Usage(Exception):  # noqa: N818 - it is a message for a person
-    """What is wrong with the command line, and what to type instead."""
+    """A fault of the command line, and what to type instead."""
 
 
 class Last(NamedTuple):
-    """The last roll-out, as far as --resume takes it up."""
+    """What --resume takes from the last rollout."""
 
     id: str
     left: list[str]
@@ -66,7 +61,7 @@ class Last(NamedTuple):
 
 
 def readable(path: str) -> bool:
-    """Whether this can be read; False for what is no path at all."""
+    """Whether this is a path that can be read."""
     try:
         return os.access(path, os.R_OK)
     except ValueError:
@@ -74,7 +69,7 @@ def readable(path: str) -> bool:
 
 
 def is_file(path: str) -> bool:
-    """Whether this is a file that can be read."""
+    """Whether this is a readable file."""
     return readable(path) and Path(path).is_file()
 
 
@@ -86,7 +81,7 @@ def count(text: str) -> int:
 
 
 def variables(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return what -e says: values, and files (by their whole path)."""
+    """Return the values of -e, and its files with absolute paths."""
     values: dict[str, Any] = {}
     files = []
     for word in words:
@@ -104,18 +99,18 @@ def _object(word: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(word)
         json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise Usage(f"-e {_shown(word)}: this is no JSON object: {error}.") from None
+        raise Usage(f"-e {_quoted(word)}: this is not a JSON object: {error}.") from None
     return found
 
 
 def _pairs(word: str) -> Iterator[tuple[str, str]]:
-    """Several in one word, as ansible-playbook takes them."""
+    """Yield the pairs in one word, as ansible-playbook splits it."""
     try:
         pairs = shlex.split(word)
     except ValueError as error:
-        raise Usage(f"-e {_shown(word)}: {error}.") from None
+        raise Usage(f"-e {_quoted(word)}: {error}.") from None
     if not all("=" in pair for pair in pairs or [""]):
-        raise Usage(f"-e {_shown(word)}: write KEY=VALUE, @FILE or a JSON object.")
+        raise Usage(f"-e {_quoted(word)}: write KEY=VALUE, @FILE or a JSON object.")
     for pair in pairs:
         key, value = pair.split("=", 1)
         yield key, value
@@ -125,48 +120,50 @@ def _is_secret(name: str) -> bool:
     return bool(_SECRET.search(name.replace("-", "_")))
 
 
-def _shown(word: str) -> str:
+def _quoted(word: str) -> str:
     if any(map(_is_secret, re.findall(r"[\w-]+", word))) or _LOGIN.search(word):
         return "(hidden)"
-    return word if len(word) < _LONGEST else f"{word[:_LONGEST]}…"
+    return word if len(word) < _MAX_QUOTED else f"{word[:_MAX_QUOTED]}…"
 
 
 def check_values(values: dict[str, Any]) -> None:
-    """Refuse what is no variable, and what a report must not hold."""
+    """Refuse names that are not variables, and values that a report must not contain."""
     for key in values:
         if not (key.isascii() and key.isidentifier()) or keyword.iskeyword(key):
             raise Usage(
-                f"-e: {_shown(key)} can't be the name of a variable. A value with spaces needs quotes of its own: "
+                f"-e: {_quoted(key)} cannot be the name of a variable. A value with spaces needs its own quotes: "
                 """-e "KEY='--a=1 --b=2'"."""
             )
     _check("", values)
     for name, _secret in _secrets("", values):
-        raise Usage(f"{name} looks like a secret or holds one, {_SAFER}")
+        raise Usage(
+            f"{name} looks like a secret or contains one, and every user of this machine can see the command line. "
+            "Put it into the inventory's vault, or into a file: -e @FILE."
+        )
     if "vllm_gpu_waves" in values:
         wave_sizes("-e vllm_gpu_waves", values["vllm_gpu_waves"])
 
 
 def _check(name: str, value: object, depth: int = 0) -> None:
-    """Go through a value to its depths."""
-    if depth > _DEEPEST:
-        raise Usage(f"-e: the value of {name} is nested deeper than {_DEEPEST} levels.")
+    if depth > _MAX_DEPTH:
+        raise Usage(f"-e: the value of {name} is nested deeper than {_MAX_DEPTH} levels.")
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, inner in value.items():
             _check(name or key, key, depth + 1)
-            _check(name or key, one, depth + 1)
+            _check(name or key, inner, depth + 1)
     elif isinstance(value, list):
-        for one in value:
-            _check(name, one, depth + 1)
+        for inner in value:
+            _check(name, inner, depth + 1)
     elif isinstance(value, str) and visible(value) != value:
-        raise Usage(f"-e: the value of {name} holds control characters.")
+        raise Usage(f"-e: the value of {name} contains control characters.")
 
 
 def check_files(files: Iterable[str]) -> list[str]:
-    """Refuse files of -e that can't be read; return the secrets in them, as far as they aren't encrypted."""
+    """Refuse files of -e that cannot be read; return the unencrypted secrets in them."""
     secrets: list[str] = []
     for file in files:
         if not is_file(file):
-            raise Usage(f"-e @{file}: there is no such file, or it can't be read.")
+            raise Usage(f"-e @{file}: this file does not exist or cannot be read.")
         with Path(file).open("rb") as opened:
             if opened.read(14) == b"$ANSIBLE_VAULT":
                 continue
@@ -174,127 +171,119 @@ def check_files(files: Iterable[str]) -> list[str]:
             found = DataLoader().load_from_file(file)
             if isinstance(found, dict):
                 if "vllm_gpu_hosts" in found:
-                    raise Usage(
-                        f"-e @{file}: it holds vllm_gpu_hosts. Give that with -e vllm_gpu_hosts=PATTERN."
-                    )
+                    raise Usage(f"-e @{file} sets vllm_gpu_hosts. Use -e vllm_gpu_hosts=PATTERN instead.")
                 secrets += [secret for _name, secret in _secrets("", found)]
                 continue
-        # Not Ansible's own words: they quote the file, secrets included.
-        raise Usage(f"-e @{file}: it holds no variables, as YAML or JSON.")
+        # Not Ansible's own message: it quotes the file, secrets included.
+        raise Usage(f"-e @{file}: this file contains no variables as YAML or JSON.")
     return secrets
 
 
 def _secrets(name: str, value: object, *, named: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the secrets in a value, each with the name of the variable or key that holds it."""
     if isinstance(value, dict):
-        pair = _names_a_secret(value)
-        for key, one in value.items():
-            given = pair and str(key).lower() == "value"
+        names_secret = _names_a_secret(value)
+        for key, inner in value.items():
+            text = str(key)
             # A key that holds a secret itself must not be repeated.
-            yield from ((name or "A variable", secret) for secret in _given(str(key)))
-            yield from _secrets(str(key), one, named=named or given or _is_secret(str(key)))
+            yield from ((name or "A variable", secret) for secret in _assigned(text))
+            secret_value = names_secret and text.lower() == "value"
+            yield from _secrets(text, inner, named=named or secret_value or _is_secret(text))
     elif isinstance(value, (list, tuple)):
-        for before, one in zip([None, *value], value, strict=False):
+        for before, inner in zip([None, *value], value, strict=False):
             option = _LAST_OPTION.search(before) if isinstance(before, str) else None
-            yield from _secrets(name, one, named=named or bool(option and _is_secret(option[0])))
-    # Not what is encrypted: it has no text yet.
+            yield from _secrets(name, inner, named=named or bool(option and _is_secret(option[0])))
+    # Nothing encrypted: it has no text yet.
     elif isinstance(value, (str, int, float, date)) and not isinstance(value, bool):
         text = str(value)
         if named:
             yield name, text
-        yield from ((name, secret) for secret in _given(text))
-        inner = _structure(text)
-        if inner is not None:
-            yield from _secrets(name, inner, named=named)
+        yield from ((name, secret) for secret in _assigned(text))
+        structure = _structure(text)
+        if structure is not None:
+            yield from _secrets(name, structure, named=named)
 
 
 def _names_a_secret(entry: dict[Any, Any]) -> bool:
-    """Whether it is such as {name: HF_TOKEN, value: …}."""
-    return any(
-        isinstance(one, str) and re.fullmatch(r"[\w-]+", one) and _is_secret(one)
-        for key, one in entry.items()
-        if str(key).lower() != "value"
-    )
+    """Whether the entry is like {name: HF_TOKEN, value: …}."""
+    names = [name for key, name in entry.items() if str(key).lower() != "value" and isinstance(name, str)]
+    return any(re.fullmatch(r"[\w-]+", name) and _is_secret(name) for name in names)
 
 
-def _given(text: str) -> Iterator[str]:
-    """Yield what a text gives to an option or a variable that is a secret's, and logins before a host."""
-    for name, given in _GIVEN.findall(text):
+def _assigned(text: str) -> Iterator[str]:
+    """Yield what a text assigns to an option or variable with a secret's name, and logins before a host."""
+    for name, value in _ASSIGNED.findall(text):
         if _is_secret(name):
-            # With the end of what may surround it, and without.
-            yield from dict.fromkeys([given, given.strip("\"',;]}")])
-    for one, other in _LOGIN.findall(text):
-        login = one or other
-        spelled = [login, login.partition(":")[2] or login]
-        yield from dict.fromkeys([*spelled, *map(unquote, spelled)])
+            # With any punctuation that follows, and without.
+            yield from dict.fromkeys([value, value.strip("\"',;]}")])
+    for in_url, bare in _LOGIN.findall(text):
+        login = in_url or bare
+        spellings = [login, login.partition(":")[2] or login]
+        yield from dict.fromkeys([*spellings, *map(unquote, spellings)])
 
 
 def _structure(text: str) -> list[Any] | dict[Any, Any] | None:
-    """Return the list or object that a text spells; None where it is another text."""
-    if text.lstrip()[:1] not in ("[", "{"):
-        return None
-    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
-        found = yaml.safe_load(text)
-        return found if isinstance(found, (list, dict)) else None
+    """Return the list or object that a text spells out, if it does."""
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            found = yaml.safe_load(text)
+            return found if isinstance(found, (list, dict)) else None
     return None
 
 
-def wave_sizes(option: str, asked: object) -> list[int | str]:
+def wave_sizes(option: str, sizes: object) -> list[int | str]:
     """Return the sizes of the waves as Ansible's `serial` takes them."""
-    words = [str(one) for one in asked] if isinstance(asked, list) else []
+    words = list(map(str, sizes)) if isinstance(sizes, list) else []
     if not words or not all(map(is_wave, words)):
         raise Usage(
             f"{option}: the sizes of waves are a list of whole numbers from 1 to 999999 and of percentages from "
             "1% to 100%, such as 1,10%,50%."
         )
-    return [int(one) if one.isdigit() else one for one in words]
+    return [int(word) if word.isdigit() else word for word in words]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back Ansible's warnings, which come before a problem is told in a sentence."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    """Drop Ansible's warnings where Usage is raised, which reports the problem in a sentence."""
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output):
         yield
-    sys.stderr.write(visible(said.getvalue()))
+    sys.stderr.write(visible(output.getvalue()))
 
 
 def read_inventory(inventory: list[str], group: str) -> tuple[InventoryManager, list[str]]:
     """Return the inventory and the hosts of its group."""
     for source in inventory:
         if "," not in source and not readable(source):
-            raise Usage(f"There is no inventory {source}, or it can't be read.")
+            raise Usage(f"The inventory {source} does not exist or cannot be read.")
     try:
         with _quiet():
             manager = InventoryManager(loader=DataLoader(), sources=inventory)
             everybody = [host.name for host in manager.get_hosts(group)]
-    except Exception as error:  # noqa: BLE001 - its plugins raise whatever they like
-        shown = shlex.join(
-            ["ansible-inventory", *(word for one in inventory for word in ("-i", one)), "--list"]
-        )
-        raise Usage(f"The inventory can't be read: {error}. More about it: {shown}") from None
+    except Exception as error:  # noqa: BLE001 - its plugins raise anything
+        sources = [word for source in inventory for word in ("-i", source)]
+        command = shlex.join(["ansible-inventory", *sources, "--list"])
+        raise Usage(f"The inventory cannot be read: {error}. For details: {command}") from None
     if not everybody:
         raise Usage(f"The inventory {', '.join(inventory)} has no host in the group {group}.")
     return manager, everybody
 
 
 def limited(manager: InventoryManager, limit: str, group: str) -> list[str]:
-    """Return the hosts that --limit leaves; Usage for a word in it that names none."""
+    """Return the hosts that --limit leaves; refuse a word in it that matches none."""
     words = split_host_pattern(limit)
-    # Ansible passes over what it can't read in a pattern, and then takes all hosts.
-    between = re.compile(r"[\s,:]")
-    if not words or between.sub("", limit) != between.sub("", "".join(words)):
-        raise Usage(f"--limit {limit}: this is no pattern of hosts.")
+    # Ansible ignores what it cannot parse in a pattern, and then takes all hosts.
+    separators = re.compile(r"[\s,:]")
+    if not words or separators.sub("", limit) != separators.sub("", "".join(words)):
+        raise Usage(f"--limit {limit}: this is not a pattern of hosts.")
     try:
-        words = [one for word in words for one in (_lines(word[1:]) if word.startswith("@") else [word])]
+        words = [name for word in words for name in (_lines(word[1:]) if word.startswith("@") else [word])]
     except (OSError, ValueError):
-        raise Usage(
-            f"--limit {limit}: there is no such file with names of hosts, or it can't be read."
-        ) from None
+        raise Usage(f"--limit {limit}: this file of host names does not exist or cannot be read.") from None
     for word in words:
         name = word.lstrip("!&")
         try:
-            # An implicit one is this machine, which Ansible adds to any inventory.
+            # An implicit host is this machine, which Ansible adds to any inventory.
             found = name not in ("", "~") and any(not host.implicit for host in manager.get_hosts(name))
         except Exception:  # noqa: BLE001 - a pattern can be wrong in many ways
             found = False
@@ -315,11 +304,11 @@ def _lines(path: str) -> list[str]:
 
 
 def last(folder: Path) -> Last:
-    """Return what the report of the last roll-out says."""
+    """Return the last rollout, from its report."""
     path = folder / "latest/report.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        hosts = {str(one["name"]): str(one["outcome"]) for one in found["hosts"]}
+        hosts = {str(host["name"]): str(host["outcome"]) for host in found["hosts"]}
         not_right = [name for name, outcome in hosts.items() if outcome not in ("changed", "already_right")]
         result = Last(
             id=str(found["id"]),
@@ -332,10 +321,10 @@ def last(folder: Path) -> Last:
         if found["schema"] != 1 or not isinstance(result.wave, (str, type(None))):
             raise ValueError
     except FileNotFoundError:
-        raise Usage(f"There is no roll-out in {folder} to go on with.") from None
+        raise Usage(f"There is no rollout in {folder} to continue.") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Usage(
-            f"{path} can't be read as the report of a roll-out, so that nobody knows what is left of it. Roll out "
-            "again without --resume: hosts that are right already stay as they are."
+            f"{path} cannot be read as the report of a rollout, so what is left of it is unknown. Start a new "
+            "rollout without --resume: hosts that are already right stay as they are."
         ) from None
     return result

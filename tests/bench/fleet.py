@@ -3,7 +3,7 @@
 
 For each size, from servers that are proven on GPU 0: scripts/rollout moves every
 server to GPU 1, and once more, which changes nothing. After each run the hosts
-themselves are asked where their servers are. docs/fleet-scale.md explains the
+themselves are asked where their servers are. docs/benchmarks.md explains the
 columns.
 """
 
@@ -140,10 +140,10 @@ def play(way: Way, gpu: int) -> dict[str, Any]:
     events = 0
 
     class Counted(script.Run):  # type: ignore[misc]
-        def take(self, event: dict[str, Any]) -> bool:
+        def on_event(self, event: dict[str, Any]) -> bool:
             nonlocal events
             events += 1
-            return bool(super().take(event))
+            return bool(super().on_event(event))
 
     with contextlib.redirect_stdout(sys.stderr):
         Counted(script.options()).run()

@@ -25,7 +25,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import module as module_args
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.advice import ADVICE
-from fleet.progress import PHASES
+from fleet.progress import PHASE_OF
 
 from tests.faults.test_matrix import ROWS
 from tests.wanted import rendered, variables
@@ -299,7 +299,7 @@ def test_every_command_of_a_task_uses_the_engine_of_the_modules() -> None:
 def test_docker_is_called_by_one_module_file_and_one_task_of_the_role() -> None:
     files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "plugins").glob("**/*.py")}
     assert {path.name for path, text in files.items() if '"docker",' in text} == {"docker.py"}
-    # A roll-out takes each command of the role for the pull (scripts/fleet/progress.py).
+    # A rollout takes each command of the role for the pull (scripts/fleet/progress.py).
     steps = [path.read_text(encoding="utf-8") for path in (ROLE / "tasks/steps").glob("*.yml")]
     assert [text.count("ansible.builtin.command:") for text in steps if "builtin.command" in text] == [1]
 
@@ -321,4 +321,4 @@ def test_every_page_names_the_oldest_supported_versions(page: str) -> None:
 
 def test_the_phases_that_a_roll_out_tells_by_are_modules_of_the_collection() -> None:
     modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
-    assert PHASES.keys() - modules == {"command"}
+    assert PHASE_OF.keys() - modules == {"command"}

@@ -205,7 +205,7 @@ MOUNT_FULL = (
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
 # A fault that ends where the play goes back, so that the old server can start.
-PUTTING_BACK = "Put the files, the images' names and the server back"
+PUTTING_BACK = "Restore the files, the image names and the server"
 until_put_back = while_it_runs(PUTTING_BACK, GpuHost.cure)
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"
@@ -252,8 +252,8 @@ ROWS = [
     Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
     Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
-    Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
-    Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
+    Row("engine stopped", "The Docker Engine is not running", engine("stop"), cure=engine_back),
+    Row("engine stopped during the run", r"(?s)Docker Engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
         cure=engine_and_speed_back, serves="1"),
     Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),

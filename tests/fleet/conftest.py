@@ -1,4 +1,4 @@
-"""A fleet of simulated GPU hosts by SSH, and roll-outs over it as a person starts them."""
+"""A fleet of simulated GPU hosts reached by SSH, and scripts/rollout over it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Act = Callable[[subprocess.Popen[str]], object]
 
 
 class Ended(NamedTuple):
-    """How a roll-out ended."""
+    """A rollout that has ended."""
 
     code: int
     events: list[dict[str, Any]]
-    said: str
+    errors: str
     report: dict[str, Any]
 
     @property
@@ -33,7 +33,7 @@ class Ended(NamedTuple):
 
 
 class Fleet:
-    """Five hosts with a server each, and what a test has added to their inventory."""
+    """Five hosts with a server each, and their inventory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,37 +66,33 @@ class Fleet:
         self, *words: str, gpu: int | None = 1, inventory: Path | None = None, reports: str = "rollouts",
         at: tuple[str, str] | None = None, act: Act | None = None,
     ) -> Ended:  # fmt: skip
-        """Run scripts/rollout; when host `at[0]` enters phase `at[1]`, `act` once."""
+        """Run scripts/rollout; call `act` once when the host `at[0]` enters the phase `at[1]`."""
         command = [str(ROOT / "scripts/rollout"), "--json", "--reports", str(self.folder / reports), *words]
         if "--resume" not in words:
             command += ["-i", str(inventory or self.inventory())]
         if gpu is not None:
             command += ["-e", f"gpu_device_id={gpu}"]
         events = []
-        with (self.folder / "stderr").open("w+", encoding="utf-8") as errors:
+        with (self.folder / "stderr").open("w+", encoding="utf-8") as stderr:
             with subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+                command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
                 start_new_session=True,
             ) as process:  # fmt: skip
                 assert process.stdout
-                for line in process.stdout:
-                    events.append(json.loads(line))
-                    if (
-                        act
-                        and events[-1]["event"] == "phase"
-                        and at == (events[-1]["host"], events[-1]["phase"])
-                    ):
+                for event in map(json.loads, process.stdout):
+                    events.append(event)
+                    if act and event["event"] == "phase" and at == (event["host"], event["phase"]):
                         act(process)
                         act = None
-            errors.seek(0)
-            said = errors.read()
+            stderr.seek(0)
+            errors = stderr.read()
         path = self.folder / reports / "latest/report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        assert "Traceback" not in said, said
-        return Ended(process.returncode, events, said, report)
+        assert "Traceback" not in errors, errors
+        return Ended(process.returncode, events, errors, report)
 
     def serving(self) -> str:
-        """The card that each host's server is really on, in the order of the hosts: `01111`."""
+        """Return the card that each server is really on, in the order of the hosts: `01111`."""
         return "".join(host.served_gpu() or "-" for host in self.hosts.values())
 
     def containers(self) -> list[str]:
@@ -113,7 +109,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(started: Fleet) -> Fleet:
-    """The fleet with a proven server on GPU 0 everywhere, and no roll-out in its past."""
+    """The fleet with a proven server on GPU 0 everywhere, and no earlier rollout."""
     for host in started.hosts.values():
         host.put_back()
     subprocess.run(["rm", "-rf", started.folder / "rollouts", started.folder / "other"], check=True)

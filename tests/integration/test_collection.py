@@ -57,7 +57,7 @@ def test_serve_from_the_installed_collection(clean_host: GpuHost, tmp_path: Path
     del environment["ANSIBLE_COLLECTIONS_PATH"]
     request = ("-e", "gpu_device_id=0", "-e", "vllm_gpu_hosts=fleet")
     said = run(root / "scripts/rollout", "-i", hosts, *request)
-    assert "1 changed, 0 were right already" in " ".join(said.split())
+    assert "1 changed, 0 already right" in " ".join(said.split())
     assert clean_host.served_gpu() == "0"
     assert json.loads((empty / "rollouts/latest/report.json").read_text("utf-8"))["waves"][0]["hosts"]
     environment["ANSIBLE_COLLECTIONS_PATH"] = str(tmp_path / "collections")

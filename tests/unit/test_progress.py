@@ -1,8 +1,9 @@
-"""What a roll-out's report makes of the runner's events."""
+"""The report of a rollout from the runner's events."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from fleet.progress import Rollout, card_in_use, waves_of
 CARDS = [{"index": n, "uuid": f"GPU-{n}", "name": f"Card {n}"} for n in (0, 1)]
 
 
-def look(on: int | None, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What a look at a host returns, with its server on that card."""
+def host_state(on: int | None, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What server_info returns, with the server on that card."""
     held = [] if on is None else [{"gpu_uuid": f"GPU-{on}"}]
     state = {
         "referee": {"processes": held, "message": "It runs.", "verdict": "ok"}, "gpus": CARDS, "gpu": CARDS[1],
@@ -22,11 +23,11 @@ def look(on: int | None, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 class Feed:
-    """A roll-out over a, b and c, fed event by event, a second after another."""
+    """Feeds a rollout over a, b and c with one event per second."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
-        self.rollout = Rollout(["a", "b", "c"], {"id": "x"}, lambda what, **_: self.told.append(what))
+        self.notified: list[str] = []
+        self.rollout = Rollout(["a", "b", "c"], {"id": "x"}, lambda what, **_: self.notified.append(what))
         self.seconds = 0
 
     def put(self, event: str, **data: Any) -> None:  # noqa: ANN401
@@ -42,29 +43,29 @@ class Feed:
         self.put("runner_on_start", **data)
         self.put(f"runner_on_{end}", **data, res=res)
 
-    def plan(self, *change: str, right: str = "") -> None:
+    def plan(self, *change: str, right: str = "", on: int | None = 0) -> None:
+        """Plan the change, and start the first wave."""
         self.play()
         for host in "abc":
-            self.task(host, "server_info", **look(0, recorded=host in right))
+            self.task(host, "server_info", **host_state(on, recorded=host in right))
         stats = {"data": {"vllm_gpu_rollout": {"to_change": list(change), "waves": [1, "100%"]}}}
-        self.put(
-            "runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats}
-        )
+        self.task("a", "set_stats", ansible_stats=stats)
+        self.play()
 
     def change(self, host: str) -> None:
-        self.task(host, "server_info", **look(0))
-        self.task(host, "server_info", **look(0, proven=True))
+        self.task(host, "server_info", **host_state(0))
+        self.task(host, "server_info", **host_state(0, proven=True))
         self.task(host, "server_files", changed=True)
         self.task(host, "server_up", changed=True)
-        self.task(host, "wait_for_server", **look(1, proven=True))
+        self.task(host, "wait_for_server", **host_state(1, proven=True))
 
-    def fail(self, host: str, *, back: bool) -> None:
-        self.task(host, "server_info", **look(0))
+    def fail(self, host: str, *, restored: bool) -> None:
+        self.task(host, "server_info", **host_state(0))
         self.task(host, "server_files", changed=True)
         self.task(host, "server_up", changed=True)
         self.task(host, "wait_for_server", "failed", msg="It died.")
         self.task(host, "server_snapshot", changed=True)
-        self.task(host, "wait_for_server", **look(0, proven=back))
+        self.task(host, "wait_for_server", **host_state(0, proven=restored))
         self.task(host, "fail", "failed", msg="It died. Do this.")
 
     def end(self, **counted: dict[str, int]) -> dict[str, str]:
@@ -82,15 +83,15 @@ def feed() -> Feed:
     [(6, [1, "10%", "30%", "100%"], 4), (200, [1, "10%", "30%", "100%"], 4), (5, [1, 2], 3), (1, ["50%"], 1), (0, [1], 0),
      (3, ["1"], 3), (5, [0], 1), (5, [1, -1], 2), (5, ["0%"], 5)],
 )  # fmt: skip
-def test_how_many_waves_serial_makes(count: int, sizes: list[object], waves: int) -> None:
+def test_number_of_waves(count: int, sizes: list[object], waves: int) -> None:
     assert waves_of(count, sizes) == waves
 
 
-def test_a_good_one(feed: Feed) -> None:
+def test_success(feed: Feed) -> None:
     feed.plan("a", "b", right="c")
-    for host in "ab":
-        feed.play()
-        feed.change(host)
+    feed.change("a")
+    feed.play()
+    feed.change("b")
     assert feed.end() == {"a": "changed", "b": "changed", "c": "already_right"}
     report = feed.rollout.report()
     assert (report["outcome"], report["totals"]["changed"]) == ("done", 2)
@@ -98,111 +99,97 @@ def test_a_good_one(feed: Feed) -> None:
     a = report["hosts"][0]
     assert (a["before"]["index"], a["after"]["index"], a["verdict"]) == (0, 1, "ok")
     assert [phase["name"] for phase in a["phases"]] == ["preflight", "configure", "deploy", "verify"]
-    assert a["downtime_s"] == 3  # from the recreation's start to the proof
-    assert feed.told.count("wave") == feed.told.count("host") == 2
+    assert a["downtime_s"] == 3  # from the start of the recreation to the proof
+    assert feed.notified.count("wave") == feed.notified.count("host") == 2
 
 
-def test_a_failed_host_is_put_back_or_not(feed: Feed) -> None:
+def test_a_failed_host_is_restored_or_not(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.play()
-    feed.fail("a", back=True)
-    feed.fail("b", back=False)
+    feed.fail("a", restored=True)
+    feed.fail("b", restored=False)
     found = feed.end(failures={"a": 1, "b": 1}, rescued={"a": 1, "b": 1})
     assert found == {"a": "rolled_back", "b": "failed", "c": "untouched"}
     report = feed.rollout.report()
-    assert report["outcome"] == "failed"
-    assert report["hosts"][0]["error"] == "It died. Do this."
-    assert (
-        "Stopped at the canary: a (rolled back), b (failed). 1 of 3 hosts is left untouched."
-        in report["message"]
-    )
+    assert (report["outcome"], report["hosts"][0]["error"]) == ("failed", "It died. Do this.")
+    message = "Stopped at the canary: a (rolled back), b (failed). 1 of 3 hosts was left untouched."
+    assert message in report["message"]
 
 
-def test_rescued_is_no_success_whatever_else_ansible_counts(feed: Feed) -> None:
-    feed.plan("a")
-    feed.play()
-    feed.change("a")
-    assert feed.end(rescued={"a": 1})["a"] == "failed"
-
-
-def test_refused_and_unreachable_before_anything(feed: Feed) -> None:
+def test_refused_and_unreachable_before_any_change(feed: Feed) -> None:
     feed.play()
     feed.task("a", "fail", "failed", msg="No such GPU. Choose 0.")
-    # The look passes over it, so that it is refused with the others and not counted as dark.
+    # The play ignores it here, so that it is refused with the others and not counted as dark.
     feed.task("b", "server_info", "unreachable", msg="ssh: no route")
     feed.task("b", "fail", "failed", msg="It can not be reached.")
-    feed.task("c", "server_info", **look(0))
-    assert feed.end(failures={"a": 1, "b": 1}) == {
-        "a": "refused",
-        "b": "unreachable",
-        "c": "untouched",
-    }
+    feed.task("c", "server_info", **host_state(0))
+    assert feed.end(failures={"a": 1, "b": 1}) == {"a": "refused", "b": "unreachable", "c": "untouched"}
     assert feed.rollout.outcome() == "refused"
 
 
-def test_secrets_that_are_known_stay_out(feed: Feed) -> None:
+def test_known_secrets_are_hidden(feed: Feed) -> None:
     secret = "sk-planted-71c2d9"
     feed.rollout.secrets = [secret]
     feed.play()
-    state = look(
-        0, changes=[f"VLLM_MODEL: {secret}"], referee={"processes": [], "message": secret, "verdict": "ok"}
-    )
-    feed.task("a", "server_info", **state)
+    referee = {"processes": [], "message": secret, "verdict": "ok"}
+    feed.task("a", "server_info", **host_state(0, changes=[f"VLLM_MODEL: {secret}"], referee=referee))
     feed.task("a", "fail", "failed", msg=f"A log says {secret}", module_stderr=secret)
     feed.task("b", "server_info", "unreachable", msg=f"ssh: {secret}")
-    hosts = feed.rollout.hosts
-    assert hosts["a"].changes == ["VLLM_MODEL: (hidden)"]
-    assert str(hosts["a"].error).startswith("A log says (hidden)\n(hidden)\n")
+    host = feed.rollout.hosts["a"]
+    assert host.changes == ["VLLM_MODEL: (hidden)"]
+    assert str(host.error).startswith("A log says (hidden)\n(hidden)\n")
     assert secret not in json.dumps(feed.rollout.report())
 
 
-def test_a_host_where_no_module_runs_says_why(feed: Feed) -> None:
+def test_a_host_that_runs_no_module_reports_why(feed: Feed) -> None:
     feed.play()
-    said = {"msg": "No start of json char found", "module_stderr": "/bin/sh: 1: sudo: not found\n"}
-    feed.task("a", "server_info", "failed", **said)
-    feed.end(failures={"a": 1})
-    assert "/bin/sh: 1: sudo: not found\nMend the way to this host" in (feed.rollout.hosts["a"].error or "")
+    result = {"msg": "No start of json char found", "module_stderr": "/bin/sh: 1: sudo: not found\n"}
+    feed.task("a", "server_info", "failed", **result)
+    error = "/bin/sh: 1: sudo: not found\nCorrect the connection to this host"
+    assert error in (feed.rollout.hosts["a"].error or "")
 
 
-def test_a_change_that_was_cut_off_is_no_success(feed: Feed) -> None:
-    """The last look before it showed a proven server: the old one."""
-    feed.plan("a")
-    feed.play()
-    feed.task("a", "server_info", **look(0, proven=True))
+def rescued(feed: Feed) -> None:
+    feed.change("a")
+    feed.end(rescued={"a": 1})
+
+
+def cut_off(feed: Feed) -> None:
+    """The last server that was proven is the old one."""
+    feed.task("a", "server_info", **host_state(0, proven=True))
     feed.task("a", "server_files", changed=True)
-    assert feed.end()["a"] == "failed"
+    feed.end()
 
 
-def test_a_killed_ansible_leaves_no_success_but_what_was_recorded_and_verified(feed: Feed) -> None:
-    """No stats come then, and no other play begins."""
+def restored_as_before(feed: Feed) -> None:
+    feed.fail("a", restored=True)
+    feed.task("a", "wait_for_server", **host_state(0, proven=True, recorded=True))
+
+
+def killed_during_server_up(feed: Feed) -> None:
+    feed.put("runner_on_start", host="a", task_action="mlops.vllm_gpu.server_up")
+
+
+@pytest.mark.parametrize("play", [rescued, cut_off, restored_as_before, killed_during_server_up])
+def test_an_incomplete_change_is_a_failure(feed: Feed, play: Callable[[Feed], None]) -> None:
+    feed.plan("a")
+    play(feed)
+    assert feed.rollout.hosts["a"].outcome == "failed"
+
+
+def test_a_killed_ansible_leaves_success_only_where_it_was_recorded_and_verified(feed: Feed) -> None:
+    """It sends no stats, and starts no other play."""
     feed.plan("a", "b", "c")
-    feed.play()
     for host in "abc":
         feed.change(host)
-    feed.task("a", "server_info", **look(1, proven=True, recorded=True))
-    feed.task("b", "server_info", **look(1, proven=True, recorded=True))
+    feed.task("a", "server_info", **host_state(1, proven=True, recorded=True))
+    feed.task("b", "server_info", **host_state(1, proven=True, recorded=True))
     feed.task("b", "fail", "failed", msg="Another GPU.")
     assert [host.outcome for host in feed.rollout.hosts.values()] == ["changed", "failed", "failed"]
     assert feed.rollout.outcome() == "failed"
 
 
-def test_a_server_that_ran_again_as_before_was_not_changed(feed: Feed) -> None:
-    feed.plan("a")
-    feed.play()
-    feed.fail("a", back=True)
-    feed.task("a", "wait_for_server", **look(0, proven=True, recorded=True))
-    assert feed.rollout.hosts["a"].outcome == "failed"
-
-
-def test_what_was_cut_off_while_the_server_was_replaced_was_touched(feed: Feed) -> None:
-    feed.plan("a")
-    feed.play()
-    feed.put("runner_on_start", host="a", task_action="mlops.vllm_gpu.server_up")
-    assert feed.rollout.hosts["a"].outcome == "failed"
-
-
 @pytest.mark.parametrize(("stopped", "outcome"), [(False, "failed"), (True, "stopped")])
-def test_an_ansible_that_failed_makes_no_good_roll_out(feed: Feed, stopped: bool, outcome: str) -> None:  # noqa: FBT001
+def test_an_ansible_that_failed_is_no_success(feed: Feed, stopped: bool, outcome: str) -> None:  # noqa: FBT001
     feed.plan(right="abc")
     feed.rollout.broken = True
     report = feed.rollout.report(stopped=stopped)
@@ -219,39 +206,36 @@ def test_an_ansible_that_failed_makes_no_good_roll_out(feed: Feed, stopped: bool
         ({"gpu_uuid": None, "gpu_index": None}, None),
     ],
 )
-def test_the_card_in_use(process: dict[str, Any], card: int | None) -> None:
+def test_card_in_use(process: dict[str, Any], card: int | None) -> None:
     odd = {"index": None, "uuid": None, "name": None}
-    found = card_in_use(look(0, gpus=[odd, *CARDS], referee={"processes": [process]}))
+    found = card_in_use(host_state(0, gpus=[odd, *CARDS], referee={"processes": [process]}))
     assert (found and found["index"]) == card
 
 
-def test_lost_in_the_middle(feed: Feed) -> None:
+def test_unreachable_during_the_change(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.play()
     feed.change("a")
     feed.task("a", "server_info", "unreachable", msg="gone")
     assert feed.rollout.hosts["a"].phase == "verify"
-    assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "untouched", "c": "untouched"}
+    feed.change("b")
+    assert feed.end(dark={"a": 1}) == {"a": "unreachable", "b": "changed", "c": "untouched"}
     assert feed.rollout.outcome() == "failed"
+    a, b, _c = feed.rollout.report()["hosts"]
+    assert a["ended_at"] < b["started_at"]  # it does not take until the wave's end
 
 
 def test_stopped_on_request(feed: Feed) -> None:
     feed.plan("a", "b", "c")
-    feed.play()
     feed.change("a")
-    feed.play()  # which ends before its first host
+    feed.play()  # it ends before its first host
     assert feed.end() == {"a": "changed", "b": "untouched", "c": "untouched"}
     report = feed.rollout.report(stopped=True)
     assert (report["outcome"], len(report["waves"])) == ("stopped", 1)
 
 
-def test_a_server_that_was_not_there_has_no_downtime(feed: Feed) -> None:
-    feed.play()
-    feed.task("a", "server_info", **look(None))
-    stats = {"data": {"vllm_gpu_rollout": {"to_change": ["a"], "waves": [1]}}}
-    feed.put("runner_on_ok", host="a", task_action="ansible.builtin.set_stats", res={"ansible_stats": stats})
-    feed.play()
+def test_a_new_server_has_no_downtime(feed: Feed) -> None:
+    feed.plan("a", on=None)
     feed.change("a")
     feed.end()
-    assert feed.rollout.report()["hosts"][0]["before"] is None
-    assert feed.rollout.report()["hosts"][0]["downtime_s"] is None
+    host = feed.rollout.report()["hosts"][0]
+    assert (host["outcome"], host["before"], host["downtime_s"]) == ("changed", None, None)

@@ -1,4 +1,4 @@
-"""What scripts/rollout takes from the command line, and what it refuses."""
+"""What scripts/rollout accepts on the command line, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fleet.request import Usage
 from fleet.text import without
 
 
-def asked(*words: str) -> dict[str, Any]:
+def parse(*words: str) -> dict[str, Any]:
     values, _files = request.variables(list(words))
     request.check_values(values)
     return values
@@ -26,8 +26,8 @@ def asked(*words: str) -> dict[str, Any]:
         (['{"gpu_device_id": 1}', "gpu_device_id=2"], {"gpu_device_id": "2"}),
     ],
 )
-def test_variables_are_taken_as_ansible_takes_them(words: list[str], values: dict[str, Any]) -> None:
-    assert asked(*words) == values
+def test_variables_are_parsed_as_by_ansible(words: list[str], values: dict[str, Any]) -> None:
+    assert parse(*words) == values
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_variables_are_taken_as_ansible_takes_them(words: list[str], values: dic
         {"x": [{"name": "HF_ENDPOINT", "value": "a.example.com"}, {"name": "MAX_TOKENS", "value": "1"}]},
     ],
 )
-def test_what_holds_no_secret_passes(values: dict[str, Any]) -> None:
-    assert asked(json.dumps(values)) == values
+def test_values_without_a_secret(values: dict[str, Any]) -> None:
+    assert parse(json.dumps(values)) == values
 
 
 KEY = "sk-planted-71c2d9"
@@ -59,6 +59,7 @@ KEY = "sk-planted-71c2d9"
     [
         f"vllm_gpu_api_key={KEY}",
         f"gpu_device_id=1 ansible_become_pass={KEY}",
+        f"vault_vllm_gpu_hf_token={KEY}",
         json.dumps({"vllm_gpu_secret_env": {"ANYTHING": KEY}}),
         json.dumps({"vllm_gpu_env": {"X_TOKEN": KEY}}),
         json.dumps({"x": [{"y": [{"api_key": KEY}]}]}),
@@ -88,7 +89,7 @@ KEY = "sk-planted-71c2d9"
         json.dumps({"x": {f"--api-key={KEY}": 1}}),
         f"x=S3_KEY={KEY}",
         f'x="Authorization: Bearer {KEY}"',
-        # And where it is refused for another reason.
+        # Where it is refused for another reason.
         f"LICENSE_KEY {KEY}",
         f'{{"S3_KEY": "{KEY}"',
         f"vllm_gpu_api_key {KEY}",
@@ -99,38 +100,38 @@ KEY = "sk-planted-71c2d9"
 )
 def test_secrets_are_refused_at_any_depth_and_not_repeated(word: str) -> None:
     with pytest.raises(Usage) as refused:
-        asked(word)
+        parse(word)
     assert KEY not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
-        ("a=1 --b=1", "--b can't be the name of a variable"),
-        ("=1", "can't be the name of a variable"),
-        ("a.b=1", "a.b can't be the name of a variable"),
-        ("class=1", "class can't be the name of a variable"),
-        ("größe=1", "größe can't be the name of a variable"),
-        ('{"a b": 1}', "a b can't be the name of a variable"),
+        ("a=1 --b=1", "--b cannot be the name of a variable"),
+        ("=1", "cannot be the name of a variable"),
+        ("a.b=1", "a.b cannot be the name of a variable"),
+        ("class=1", "class cannot be the name of a variable"),
+        ("größe=1", "größe cannot be the name of a variable"),
+        ('{"a b": 1}', "a b cannot be the name of a variable"),
         ("", "write KEY=VALUE, @FILE or a JSON object"),
         ("vllm_gpu_extra_args=--a --b 1", "write KEY=VALUE, @FILE or a JSON object"),
         ("[1, 2]", "write KEY=VALUE, @FILE or a JSON object"),
         ("a='b", "No closing quotation"),
-        ("{a: 1}", "this is no JSON object"),
-        ('{"a": NaN}', "this is no JSON object"),
-        ('{"a": 1e999}', "this is no JSON object"),
+        ("{a: 1}", "this is not a JSON object"),
+        ('{"a": NaN}', "this is not a JSON object"),
+        ('{"a": 1e999}', "this is not a JSON object"),
         ('{"a": ' + "[" * 100 + "]" * 100 + "}", "nested deeper than"),
-        ('{"a": ' + "[" * 100_000, "this is no JSON object"),
+        ('{"a": ' + "[" * 100_000, "this is not a JSON object"),
         ("a=\x1b]0;x\x07", "control characters"),
         (r'{"a": ["\ud800"]}', "control characters"),
         ('{"vllm_gpu_waves": [0]}', "-e vllm_gpu_waves: the sizes of waves"),
         ("vllm_gpu_waves=1,2", "-e vllm_gpu_waves: the sizes of waves"),
     ],
 )
-def test_odd_variables_are_refused(word: str, said: str) -> None:
+def test_malformed_variables_are_refused(word: str, message: str) -> None:
     with pytest.raises(Usage) as refused:
-        asked(word)
-    assert said in str(refused.value)
+        parse(word)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +143,16 @@ def test_sizes_of_waves(words: list[object], sizes: list[object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "one",
-    ["0", "-1", "+1", "01", "", " ", "ten", "1.5", "0%", "00%", "150%", "101%", "-5%", "%", "10 %", "1.5%", "1%%", "²", "٣",
-     "1\n", "1" * 5000, True, None, 1.0, [1], {"1": 1}],
+    "sizes",
+    ["1,2", 1, [], None, {"1": 2}, True]
+    + [[1, size, "100%"] for size in (
+        "0", "-1", "+1", "01", "", " ", "ten", "1.5", "0%", "00%", "150%", "101%", "-5%", "%", "10 %", "1.5%", "1%%",
+        "²", "٣", "1\n", "1" * 5000, True, None, 1.0, [1], {"1": 1},
+    )],
 )  # fmt: skip
-def test_sizes_that_are_none(one: object) -> None:
+def test_wrong_sizes_of_waves(sizes: object) -> None:
     with pytest.raises(Usage, match=r"^--wave: the sizes of waves are a list of whole numbers from 1 "):
-        request.wave_sizes("--wave", [1, one, "100%"])
-
-
-@pytest.mark.parametrize("value", ["1,2", 1, [], None, {"1": 2}, True])
-def test_waves_are_a_list(value: object) -> None:
-    with pytest.raises(Usage):
-        request.wave_sizes("-e vllm_gpu_waves", value)
+        request.wave_sizes("--wave", sizes)
 
 
 def test_secrets_in_files_are_known(tmp_path: Path) -> None:
@@ -194,24 +192,26 @@ def test_secrets_in_files_are_hidden(tmp_path: Path, line: str, secret: str) -> 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"- a\n", b"api_key: [sk-1\n", b"\xff\xfe\x00", b"text", None], ids=repr
+    ("content", "message"),
+    [(content, "") for content in (b"", b"- a\n", b"api_key: [sk-1\n", b"\xff\xfe\x00", b"text")]
+    # The hosts are read before Ansible reads the file.
+    + [(b"vllm_gpu_hosts: web\n", "-e vllm_gpu_hosts=PATTERN")],
+    ids=repr,
 )
-def test_files_without_variables(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+def test_files_that_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     path = tmp_path / "file"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(Usage) as refused:
         request.check_files([str(path)])
     assert str(path) in str(refused.value)
+    assert message in str(refused.value)
     assert "sk-1" not in str(refused.value) + capsys.readouterr().err
 
 
-def test_paths_that_are_none() -> None:
-    for path in ("", "x" * 5000, "\0", "/dev/null/x"):
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
+    for path in ("", "x" * 5000, "\0", "/dev/null/x", str(tmp_path)):
         assert not request.is_file(path)
 
 
@@ -221,15 +221,15 @@ GOOD = {
 }  # fmt: skip
 
 
-def latest(folder: Path, content: str) -> Path:
+def last(folder: Path, content: str) -> request.Last:
     (folder / "latest").mkdir()
     (folder / "latest/report.json").write_text(content, encoding="utf-8")
-    return folder
+    return request.last(folder)
 
 
-def test_what_is_left_of_the_last_roll_out(tmp_path: Path) -> None:
-    last = request.last(latest(tmp_path, json.dumps(GOOD)))
-    assert (last.left, last.inventory) == (["a", "c"], ["the hosts.yml"])
+def test_what_the_last_rollout_has_left(tmp_path: Path) -> None:
+    found = last(tmp_path, json.dumps(GOOD))
+    assert (found.left, found.inventory) == (["a", "c"], ["the hosts.yml"])
 
 
 @pytest.mark.parametrize(
@@ -241,13 +241,5 @@ def test_what_is_left_of_the_last_roll_out(tmp_path: Path) -> None:
     )],
 )  # fmt: skip
 def test_a_damaged_report_is_not_resumed(tmp_path: Path, content: str) -> None:
-    with pytest.raises(Usage, match="can't be read as the report of a roll-out"):
-        request.last(latest(tmp_path, content))
-
-
-def test_the_hosts_are_not_named_in_a_file(tmp_path: Path) -> None:
-    """The hosts are read before Ansible reads the file."""
-    path = tmp_path / "vars.yml"
-    path.write_text("vllm_gpu_hosts: web\n", encoding="utf-8")
-    with pytest.raises(Usage, match="-e vllm_gpu_hosts=PATTERN"):
-        request.check_files([str(path)])
+    with pytest.raises(Usage, match="cannot be read as the report of a rollout"):
+        last(tmp_path, content)

@@ -1,4 +1,4 @@
-"""What scripts/rollout says before it has looked at any host."""
+"""scripts/rollout before it has checked any host, and when it is interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fleet.processes import kill_tree
 from tests.unit.conftest import Script
 
 ROOT = Path(__file__).resolve().parents[2]
-# Hosts without an engine or a way to root: each would be refused.
+BIN = Path(sys.executable).parent
+# Hosts without Docker or a way to become root: each would be refused.
 HOSTS = """
 all: {hosts: {web01: {}}, vars: {ansible_connection: local, ansible_become_exe: /nowhere/sudo}}
 vllm_gpu:
@@ -25,39 +26,44 @@ vllm_gpu:
 """
 
 
-def command(folder: Path, *words: str, inventory: str = "hosts.yml") -> list[str | Path]:
-    if not (folder / "hosts.yml").exists():
-        (folder / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    return [ROOT / "scripts/rollout", *(("-i", inventory) if inventory else ()), *words]
+@pytest.fixture(autouse=True)
+def hosts(tmp_path: Path) -> Path:
+    path = tmp_path / "hosts.yml"
+    path.write_text(HOSTS, encoding="utf-8")
+    return path
 
 
-def where(folder: Path) -> dict[str, Any]:
-    """Return the folder and the environment of a command."""
+def command(folder: Path, *words: str) -> dict[str, Any]:
+    """Return the arguments of subprocess.run for scripts/rollout, in a folder with an inventory."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return {"cwd": folder, "env": environment, "text": True}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    inventory = () if "--resume" in words else ("-i", "hosts.yml")
+    whole: list[str | Path] = [ROOT / "scripts/rollout", *inventory, *words]
+    return {"args": whole, "cwd": folder, "env": environment, "text": True}
 
 
-def rollout(folder: Path, *words: str, inventory: str = "hosts.yml") -> subprocess.CompletedProcess[str]:
-    whole = command(folder, *words, inventory=inventory)
-    return subprocess.run(whole, **where(folder), capture_output=True, check=False)
+def rollout(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**command(folder, *words), capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("words", [("--check",), ("-e", "gpu_device_id=1")])
-def test_why_ansible_never_began_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """Here the inventory is encrypted, and nobody gave the password."""
+def last_report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "rollouts/latest/report.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize(("words", "code"), [(("--check",), 3), (("-e", "gpu_device_id=1"), 1)])
+def test_an_encrypted_inventory_without_a_password(tmp_path: Path, words: tuple[str, ...], code: int) -> None:
     (tmp_path / "group_vars").mkdir()
     secret, password = tmp_path / "group_vars/vllm_gpu.yml", tmp_path / "password"
     secret.write_text("vllm_gpu_api_key: sk-1\n", encoding="utf-8")
     password.write_text("a password\n", encoding="utf-8")
-    vault = Path(sys.executable).parent / "ansible-vault"
-    subprocess.run(
-        [vault, "encrypt", "--vault-password-file", password, secret], check=True, capture_output=True
-    )
+    encrypt: list[str | Path] = [BIN / "ansible-vault", "encrypt", "--vault-password-file", password, secret]
+    subprocess.run(encrypt, check=True, capture_output=True)
     done = rollout(tmp_path, *words)
-    assert done.returncode in (1, 3)
-    assert "ansible-playbook ended before it had looked at any host:" in done.stderr
+    assert done.returncode == code
+    assert "ansible-playbook ended before it had checked any host:" in done.stderr
     assert "no vault secrets found" in done.stderr
+    assert "Give the vault password with --ask-vault-pass" in done.stderr
     assert "\x1b" not in done.stderr
 
 
@@ -67,135 +73,123 @@ LAST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def last(folder: Path, **changes: Any) -> None:  # noqa: ANN401
-    """Leave the report of a roll-out before this one."""
-    (folder / "rollouts/latest").mkdir(parents=True)
-    (folder / "rollouts/latest/report.json").write_text(json.dumps({**LAST, **changes}), encoding="utf-8")
-
-
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("-e", "vllm_gpu_api_key=sk-1"), "vllm_gpu_api_key looks like a secret"),
         (("-e", "gpu_device_id=1 ansible_become_password=x"), "ansible_become_password looks like a secret"),
         (("-e", "gpu_device_id"), "write KEY=VALUE, @FILE or a JSON object"),
-        (("-e", "a=1 --b=1"), "--b can't be the name of a variable"),
+        (("-e", "a=1 --b=1"), "--b cannot be the name of a variable"),
         (("-e", "a='"), "No closing quotation"),
-        (("-e", "@nowhere.yml"), "there is no such file"),
-        (("-e", "@."), "there is no such file"),
+        (("-e", "@nowhere.yml"), "this file does not exist"),
+        (("-e", "@."), "this file does not exist"),
         (("--limit", "gpu1"), "Did you mean gpu01?"),
         (("--limit", "gpu01:gpu1"), "--limit gpu1: the inventory has no such host or group"),
-        (("--limit", "~["), "--limit ~[: this is no pattern of hosts"),
+        (("--limit", "~["), "--limit ~[: this is not a pattern of hosts"),
         (("--limit", "~("), "--limit ~(: the inventory has no such host"),
-        (("--limit", ":"), "--limit :: this is no pattern of hosts"),
-        (("--limit", ""), "this is no pattern of hosts"),
+        (("--limit", ":"), "--limit :: this is not a pattern of hosts"),
+        (("--limit", ""), "this is not a pattern of hosts"),
         (("--limit", "!"), "--limit !: the inventory has no such host"),
         (("--limit", "gpu01[9]"), "--limit gpu01[9]: the inventory has no such host"),
         (("--limit", "gpu01,localhost"), "--limit localhost: the inventory has no such host"),
-        (("--limit", "@nowhere"), "there is no such file with names of hosts"),
-        (("--limit", "@/proc"), "there is no such file with names of hosts"),
-        (("-i", "/proc/version"), "The inventory can't be read: "),
-        (("-i", "nowhere.yml"), "There is no inventory nowhere.yml"),
-        (("-i", "garbage"), "The inventory can't be read: "),
-        (("-i", "empty"), "The inventory can't be read: "),
+        (("--limit", "@nowhere"), "this file of host names does not exist"),
+        (("--limit", "@/proc"), "this file of host names does not exist"),
+        (("-i", "/proc/version"), "The inventory cannot be read: "),
+        (("-i", "nowhere.yml"), "The inventory nowhere.yml does not exist"),
+        (("-i", "garbage"), "The inventory cannot be read: "),
+        (("-i", "empty"), "The inventory cannot be read: "),
+        (("-e", "vllm_gpu_hosts=nobody"), "has no host in the group nobody"),
         (("--wave", "1,0"), "--wave: the sizes of waves are"),
         (("--wave", "1,,2"), "--wave: the sizes of waves are"),
         (("--wave", ""), "--wave: the sizes of waves are"),
         (("--forks", "0"), "--forks 0: write a whole number from 1"),
         (("--forks", "-1"), "--forks -1: write a whole number from 1"),
         (("--forks", "abc"), "--forks abc: write a whole number from 1"),
-        (("--reports", "hosts.yml"), "The reports can't be written to hosts.yml"),
-        (("--reports", "/dev/null/x"), "The reports can't be written to /dev/null/x"),
-        (("--vault-password-file", "nowhere"), "--vault-password-file nowhere: there is no such file"),
-        (("--vault-password-file", "."), "--vault-password-file .: there is no such file"),
+        (("--reports", "hosts.yml"), "The reports cannot be written to hosts.yml"),
+        (("--reports", "/dev/null/x"), "The reports cannot be written to /dev/null/x"),
+        (("--vault-password-file", "nowhere"), "--vault-password-file nowhere: this file does not exist"),
+        (("--vault-password-file", "."), "--vault-password-file .: this file does not exist"),
         (("--bel\x1b]0;x\x07",), r"unrecognized arguments: --bel\x1b]0;x\x07"),
-        (("--resume",), "There is no roll-out in rollouts to go on with"),
-        (("--resume", "--reports", "hosts.yml"), "hosts.yml/latest/report.json can't be read"),
+        (("--resume",), "There is no rollout in rollouts to continue"),
+        (("--resume", "--reports", "hosts.yml"), "hosts.yml/latest/report.json cannot be read"),
     ],
 )
-def test_wrong_usage_asks_nothing_of_any_host(
-    script: Script, tmp_path: Path, words: tuple[str, ...], said: str
+def test_wrong_usage_contacts_no_host(
+    script: Script, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
     (tmp_path / "garbage").write_bytes(bytes(range(256)))
     (tmp_path / "empty").mkdir()
     code, out, err = script("-i", "hosts.yml", *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("scripts/rollout: ")
-    assert said in err
+    assert message in err
     assert not (tmp_path / "rollouts").exists()
 
 
 @pytest.mark.parametrize(
-    ("before", "words", "said"),
+    ("before", "words", "message"),
     [
-        ({"hosts": [{"name": "gpu07", "outcome": "failed"}, *LAST["hosts"]]}, (), "is not done on gpu07, and the inventory"),
+        ({"hosts": [{"name": "gpu07", "outcome": "failed"}, *LAST["hosts"]]}, (), "is not done on gpu07, which the inventory"),
         # It is in the inventory, but in no group that gets a server.
-        ({"hosts": [{"name": "web01", "outcome": "untouched"}]}, (), "is not done on web01, and the inventory"),
-        ({"left_over": ["gpu07"]}, ("--limit", "gpu01"), "is not done on gpu07, and the inventory"),
-        ({}, ("--limit", "gpu02"), "--limit gpu02 leaves none of the hosts that the last roll-out has left"),
-        ({"hosts": LAST["hosts"][1:]}, (), "Nothing is left of the roll-out 20261122T190301Z"),
-        ({"files": ["/nowhere/vars.yml"]}, (), "-e @/nowhere/vars.yml: there is no such file"),
-        ({"inventory": "/nowhere/hosts.yml"}, (), "There is no inventory /nowhere/hosts.yml"),
+        ({"hosts": [{"name": "web01", "outcome": "untouched"}]}, (), "is not done on web01, which the inventory"),
+        ({"left_over": ["gpu07"]}, ("--limit", "gpu01"), "is not done on gpu07, which the inventory"),
+        ({}, ("--limit", "gpu02"), "--limit gpu02 matches none of the hosts that the last rollout has left"),
+        ({"hosts": LAST["hosts"][1:]}, (), "Nothing is left of the rollout 20261122T190301Z"),
+        ({"files": ["/nowhere/vars.yml"]}, (), "-e @/nowhere/vars.yml: this file does not exist"),
+        ({"inventory": "/nowhere/hosts.yml"}, (), "The inventory /nowhere/hosts.yml does not exist"),
         ({"wave": "0"}, (), "--wave: the sizes of waves are"),
         ({"request": {"x": {"api_key": "sk-1"}}}, (), "api_key looks like a secret"),
-        ({"schema": 2}, (), "can't be read as the report of a roll-out"),
+        ({"schema": 2}, (), "cannot be read as the report of a rollout"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_resumed_is_named(
-    script: Script, tmp_path: Path, before: dict[str, Any], words: tuple[str, ...], said: str
+def test_what_cannot_be_resumed_is_named(
+    script: Script, tmp_path: Path, before: dict[str, Any], words: tuple[str, ...], message: str
 ) -> None:
-    (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    last(tmp_path, **before)
+    (tmp_path / "rollouts/latest").mkdir(parents=True)
+    report = json.dumps({**LAST, **before})
+    (tmp_path / "rollouts/latest/report.json").write_text(report, encoding="utf-8")
     code, out, err = script("--resume", *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert said in err
+    assert message in err
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["latest"]
 
 
 def test_a_resumed_part_does_not_forget_the_rest(tmp_path: Path) -> None:
-    """Neither of the hosts can be served: what counts is who is still on the list."""
+    """No host can be served, so all are left."""
     rollout(tmp_path)
-    part = rollout(tmp_path, "--resume", "--limit", "gpu01", inventory="")
+    part = rollout(tmp_path, "--resume", "--limit", "gpu01")
     assert part.returncode == 3
-    assert "Not done yet, as --limit left them out: gpu02." in part.stdout
-    whole = rollout(tmp_path, "--resume", "--json", inventory="")
+    assert "Not done yet, because --limit excluded them: gpu02." in part.stdout
+    whole = rollout(tmp_path, "--resume", "--json")
     assert whole.stdout.count('"event": "end"') == 1
-    found = json.loads((tmp_path / "rollouts/latest/report.json").read_text(encoding="utf-8"))
+    found = last_report(tmp_path)
     assert [host["name"] for host in found["hosts"]] == ["gpu01", "gpu02"]
     assert found["left_over"] == []
 
 
-def test_nobody_reads_the_output(tmp_path: Path) -> None:
-    """It goes on to its end, and the report is whole."""
-    for words in ((), ("--json",)):
-        with subprocess.Popen(
-            command(tmp_path, *words), **where(tmp_path), stdout=subprocess.PIPE
-        ) as process:
-            assert process.stdout
-            process.stdout.close()
-        assert process.returncode == 3
-        found = json.loads((tmp_path / "rollouts/latest/report.json").read_text(encoding="utf-8"))
-        assert (found["outcome"], len(found["ended_at"])) == ("refused", 32)
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_it_reaches_its_end_when_nothing_reads_its_output(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with subprocess.Popen(**command(tmp_path, *words), stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.close()
+    assert process.returncode == 3
+    found = last_report(tmp_path)
+    assert (found["outcome"], len(found["ended_at"])) == ("refused", 32)
 
 
-@pytest.mark.parametrize(("words", "signals"), [((), 2), (("--json",), 2), (("--check",), 1)])
-def test_ctrl_c_ends_an_ansible_that_hangs_with_its_workers(
-    tmp_path: Path, words: tuple[str, ...], signals: int
+@pytest.mark.parametrize(("words", "signals"), [((), 2), (("--json",), 2), (("--check", "--json"), 1)])
+def test_ctrl_c_ends_a_hanging_ansible_with_its_workers(
+    tmp_path: Path, hosts: Path, words: tuple[str, ...], signals: int
 ) -> None:
     seconds = f"{os.getpid()}.{signals}"
-    (tmp_path / "hosts.yml").write_text(
-        f"{HOSTS}  vars:\n    gpu_device_id: \"{{{{ lookup('ansible.builtin.pipe', 'sleep {seconds}') }}}}\"\n",
-        encoding="utf-8",
-    )
+    gpu = f"{{{{ lookup('ansible.builtin.pipe', 'sleep {seconds}') }}}}"
+    hosts.write_text(f'{HOSTS}  vars:\n    gpu_device_id: "{gpu}"\n', encoding="utf-8")
 
     def hangs() -> bool:
-        return (
-            subprocess.run(["pgrep", "-f", f"^sleep {seconds}"], check=False, capture_output=True).returncode
-            == 0
-        )
+        found = subprocess.run(["pgrep", "-f", f"^sleep {seconds}"], check=False, capture_output=True)
+        return found.returncode == 0
 
-    with subprocess.Popen(command(tmp_path, *words), **where(tmp_path)) as process:
+    with subprocess.Popen(**command(tmp_path, *words), stdout=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 120
             while not hangs():
@@ -206,26 +200,19 @@ def test_ctrl_c_ends_an_ansible_that_hangs_with_its_workers(
                 process.send_signal(signal.SIGINT)
                 time.sleep(1)
             assert process.wait(30) == 130
+            assert process.stdout
+            assert '"event": "check"' not in process.stdout.read()  # it has not checked every host
         finally:
             kill_tree(process.pid)
     assert not hangs()
 
 
 @pytest.mark.parametrize("waves", [[0], [1, "150%"], ["10 %"], [1.5], [True], [], "1,2", 5], ids=str)
-def test_the_playbook_refuses_waves_before_any_host_is_read(tmp_path: Path, waves: object) -> None:
-    (tmp_path / "hosts.yml").write_text(HOSTS, encoding="utf-8")
-    words: list[str | Path] = [
-        Path(sys.executable).parent / "ansible-playbook",
-        "-i",
-        tmp_path / "hosts.yml",
-        "playbooks/rollout.yml",
-    ]
-    done = subprocess.run(
-        [*words, "-e", json.dumps({"vllm_gpu_waves": waves, "gpu_device_id": 1})], cwd=ROOT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_the_playbook_refuses_waves_before_any_host_is_read(hosts: Path, waves: object) -> None:
+    values = json.dumps({"vllm_gpu_waves": waves, "gpu_device_id": 1})
+    play: list[str | Path] = [BIN / "ansible-playbook", "-i", hosts, "playbooks/rollout.yml", "-e", values]
+    done = subprocess.run(play, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers" in " ".join(
-        done.stdout.split()
-    )
+    message = f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers"
+    assert message in " ".join(done.stdout.split())
     assert done.stdout.count("TASK [") == 1

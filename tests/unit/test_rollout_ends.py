@@ -1,4 +1,4 @@
-"""What scripts/rollout makes of an Ansible that doesn't reach its end."""
+"""scripts/rollout when Ansible does not reach its end."""
 
 from __future__ import annotations
 
@@ -6,51 +6,36 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
 
 import pytest
 
-from tests.unit.conftest import Script as Rollout
-from tests.unit.test_progress import Feed, look
+from tests.unit.conftest import Script
+from tests.unit.test_progress import Feed, host_state
 
 Play = Callable[[Feed], None]
-
-
-class Fed:
-    """Hands events to whoever listens to the runner."""
-
-    def __init__(self, feed: Callable[[dict[str, Any]], object]) -> None:
-        self.feed = feed
-
-
-class Runner:
-    """An ansible-runner whose play is given."""
-
-    def __init__(self, play: Play, rc: int | None, handler: Callable[[dict[str, Any]], object]) -> None:
-        self.play, self.code, self.handler = play, rc, handler
-        self.rc: int | None = None
-        self.stdout = io.StringIO("PLAY [Look]\nKilled\n")
-
-    def run(self) -> None:
-        feed = Feed()
-        feed.rollout = Fed(self.handler)  # type: ignore[assignment]
-        self.play(feed)
-        self.rc = self.code
-
-
-class Script(Protocol):
-    def __call__(self, play: Play, rc: int | None, *words: str) -> tuple[int, str, str]: ...
+Rollout = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rollout(script: Rollout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Script:
-    """Return the script, over three hosts and the given play."""
+def rollout(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rollout:
+    """Return the script over three hosts, with an ansible-runner that runs the given play."""
     (tmp_path / "hosts.yml").write_text("vllm_gpu: {hosts: {a: {}, b: {}, c: {}}}\n", encoding="utf-8")
 
     def run(play: Play, rc: int | None, *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(
-            script.module, "init_runner", lambda event_handler, **_: Runner(play, rc, event_handler)
-        )
+        def init_runner(event_handler: Callable[..., object], **_: object) -> SimpleNamespace:
+            runner = SimpleNamespace(rc=None, stdout=io.StringIO("PLAY [Read]\nKilled\n"))
+
+            def start() -> None:
+                feed = Feed()
+                feed.rollout = SimpleNamespace(feed=event_handler)  # type: ignore[assignment]
+                play(feed)
+                runner.rc = rc
+
+            runner.run = start
+            return runner
+
+        monkeypatch.setattr(script.module, "init_runner", init_runner)
         return script("-i", "hosts.yml", *words)
 
     return run
@@ -60,13 +45,15 @@ def stats(feed: Feed) -> None:
     feed.put("playbook_on_stats", failures={}, rescued={}, dark={})
 
 
-def reads(hosts: str) -> Play:
-    """Return a play that has read these hosts, and was killed."""
+def reads(hosts: str, *, end: bool = False) -> Play:
+    """Return a play that reads these hosts, and is killed or reaches its end."""
 
     def play(feed: Feed) -> None:
         feed.play()
         for host in hosts:
-            feed.task(host, "server_info", **look(0))
+            feed.task(host, "server_info", **host_state(0))
+        if end:
+            stats(feed)
 
     return play
 
@@ -76,59 +63,52 @@ def breaks(_feed: Feed) -> None:
 
 
 def odd(feed: Feed) -> None:
-    """An event that can't be read, and then all that belongs to a good play."""
+    """Send an event that cannot be read, and then those of a good play."""
     feed.task("a", "server_info", referee={}, proven=1)
-    reads("abc")(feed)
-    stats(feed)
-
-
-def reads_all(feed: Feed) -> None:
-    reads("abc")(feed)
-    stats(feed)
+    reads("abc", end=True)(feed)
 
 
 @pytest.mark.parametrize(
-    ("play", "rc", "hosts", "said"),
+    ("play", "rc", "hosts", "message"),
     [
-        (reads("a"), 137, ("a", "bc"), "ended before its play was over:\nPLAY [Look]\nKilled"),
-        (reads("abc"), 137, ("abc", ""), "ended before its play was over"),
-        (reads("abc"), None, ("abc", ""), "ended before its play was over"),
-        (reads(""), 137, ("", "abc"), "ended before it had looked at any host"),
+        (reads("a"), 137, ("a", "bc"), "ended before it was finished:\nPLAY [Read]\nKilled"),
+        (reads("abc"), 137, ("abc", ""), "ended before it was finished"),
+        (reads("abc"), None, ("abc", ""), "ended before it was finished"),
+        (reads(""), 137, ("", "abc"), "ended before it had checked any host"),
         (breaks, None, ("", "abc"), "No space left on device"),
         (odd, 0, ("abc", ""), "could not be read"),
-        (reads_all, 2, ("abc", ""), "ended before its play was over"),
+        (reads("abc", end=True), 2, ("abc", ""), "ended before it was finished"),
     ],
     ids=["killed", "killed late", "by a signal", "killed early", "no space", "odd event", "its own error"],
 )
-def test_a_plan_names_the_hosts_that_nobody_checked(
-    rollout: Script, play: Play, rc: int | None, hosts: tuple[str, str], said: str
+def test_a_check_names_the_hosts_that_were_not_checked(
+    rollout: Rollout, play: Play, rc: int | None, hosts: tuple[str, str], message: str
 ) -> None:
     change, unread = hosts
     code, out, err = rollout(play, rc, "--check", "--json")
     found = json.loads(out.splitlines()[-1])
     assert (code, found["to_change"], found["not_checked"]) == (3, list(change), list(unread))
-    assert said in err
+    assert message in err
     code, out, _err = rollout(play, rc, "--check")
     assert code == 3
     assert [line[2] for line in out.splitlines() if "→" in line] == list(change)
-    assert (f"nobody knows: {', '.join(unread)}" in out) == bool(unread)
+    assert (f"therefore unknown: {', '.join(unread)}" in out) == bool(unread)
 
 
-def test_a_whole_plan(rollout: Script) -> None:
-    code, out, err = rollout(reads_all, 0, "--check")
+def test_a_complete_check(rollout: Rollout) -> None:
+    code, out, err = rollout(reads("abc", end=True), 0, "--check")
     assert (code, err, out.count("→")) == (0, "", 3)
 
 
 def changes(*, verified: str, end: bool) -> Play:
-    """Return a play that changes all hosts at once, and reaches its end or doesn't."""
+    """Return a play that changes all hosts at once, and reaches its end or is killed."""
 
     def play(feed: Feed) -> None:
         feed.plan("a", "b", "c")
-        feed.play()
         for host in "abc":
             feed.change(host)
         for host in verified:
-            feed.task(host, "server_info", **look(1, proven=True, recorded=True))
+            feed.task(host, "server_info", **host_state(1, proven=True, recorded=True))
         if end:
             stats(feed)
 
@@ -148,27 +128,28 @@ def changes(*, verified: str, end: bool) -> Play:
     ],
 )
 def test_a_killed_ansible_is_no_success(
-    rollout: Script, play: Play, rc: int | None, outcome: str, resume: str
+    rollout: Rollout, play: Play, rc: int | None, outcome: str, resume: str
 ) -> None:
     code, out, err = rollout(play, rc)
     found = json.loads(Path("rollouts/latest/report.json").read_text(encoding="utf-8"))
     assert (code, found["outcome"]) == (int(outcome != "done"), outcome)
-    assert ("--resume" in out) == bool(resume)  # where something is left
+    assert ("--resume" in out) == bool(resume)  # if something is left
     assert bool(err) == bool(code)
 
 
-def test_settings_that_are_exported_in_vain_are_named(
-    rollout: Script, monkeypatch: pytest.MonkeyPatch
+def test_exported_settings_without_effect_are_named(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "exported" not in rollout(reads_all, 0, "--check")[2]
+    assert "exported" not in rollout(reads("abc", end=True), 0, "--check")[2]
     monkeypatch.setenv("GPU_DEVICE_ID", "1")
     monkeypatch.setenv("VLLM_PORT", "1")
     assert (
-        "GPU_DEVICE_ID, VLLM_PORT is exported here and has no effect" in rollout(reads_all, 0, "--check")[2]
+        "GPU_DEVICE_ID, VLLM_PORT is exported here and has no effect"
+        in rollout(reads("abc", end=True), 0, "--check")[2]
     )
 
 
-def test_what_an_error_of_the_runner_quotes_is_no_secret(rollout: Script) -> None:
+def test_an_error_of_the_runner_shows_no_secret(rollout: Rollout) -> None:
     Path("vars.yml").write_text("vllm_gpu_api_key: sk-planted-71\n", encoding="utf-8")
 
     def quotes(_feed: Feed) -> None:

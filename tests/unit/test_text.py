@@ -1,4 +1,4 @@
-"""Text from elsewhere, as it is shown."""
+"""Text from hosts and people, as it is shown."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def test_secrets_are_hidden_the_longest_first() -> None:
 
 
 @pytest.mark.parametrize("secret", ['pa"s\\s/w ö&rd', "a$b'c"])
-def test_secrets_are_hidden_as_json_and_in_a_url_as_well(secret: str) -> None:
+def test_secrets_are_hidden_in_every_spelling(secret: str) -> None:
     spelled = [secret, json.dumps(secret)[1:-1], quote(secret), quote(secret, safe=""), repr(secret)[1:-1]]
     assert without([secret], " ".join(spelled)) == " ".join(["(hidden)"] * len(spelled))
