@@ -1,4 +1,4 @@
-"""What the role wants of a host, as its variables' defaults say it."""
+"""What the role wants of a host by default."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ COMPOSE = (ROOT / "docker/docker-compose.serving.yml").read_text(encoding="utf-8
 
 
 def trusted(value: Any) -> Any:  # noqa: ANN401 - whatever the YAML holds
-    """Return a value whose texts Ansible takes for templates, as those of a role's own files."""
+    """Return a value whose texts Ansible accepts as templates, like those of a role's files."""
     if isinstance(value, dict):
-        return {key: trusted(one) for key, one in value.items()}
+        return {key: trusted(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [trusted(one) for one in value]
+        return [trusted(part) for part in value]
     return trust_as_template(value) if isinstance(value, str) else value
 
 
 @functools.cache
 def variables(part: str) -> dict[str, Any]:
-    paths = sorted((ROLE / part).glob("**/*.yml"))
-    return {
-        key: one for path in paths for key, one in yaml.safe_load(path.read_text(encoding="utf-8")).items()
-    }
+    found: dict[str, Any] = {}
+    for path in sorted((ROLE / part).glob("**/*.yml")):
+        found.update(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return found
 
 
 def rendered(template: str, **changes: object) -> Any:  # noqa: ANN401
-    """Return what Ansible makes of a template with the role's variables."""
+    """Render a template with the role's variables."""
     loader = DataLoader()
     loader.set_basedir(str(ROLE))
     names = {**trusted({**variables("defaults"), **variables("vars")}), "role_path": str(ROLE), **changes}

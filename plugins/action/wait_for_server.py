@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Follow a starting vLLM server until it is proven, dead, or out of time."""
+"""Wait until a starting vLLM server is proven, has died, or takes too long."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.advice import with_
 display = Display()
 
 _LOG_LINES = 10
-# How often to say that nothing has changed; seconds.
+# How often to report that nothing has changed; seconds.
 _REMINDER = 10
-# How long a server that is ready may be on no card; seconds.
+# How long a ready server may be on no card; seconds.
 _ON_NO_CARD = 20
-# How long the connection, or the host's Docker Engine, may be away during the wait; seconds. Both come
-# back after a restart, and a model loads for many minutes.
+# How long the connection or the Docker Engine may be lost, for example during a restart; seconds.
 _AWAY = 60
 
 
 def allowed_restarts(before: dict[str, Any]) -> int:
-    """Return how often the container may have been restarted, those from before the wait counted in.
+    """Return how many restarts the container may have: those before the wait, and one where it worked before.
 
-    One that was well until a moment ago may have been found dying: its restart
-    policy brings that one back, once. One that never came up is a crash loop.
+    It may have been found dying. One that never worked is in a crash loop.
     """
     restarts: int = before["restarts"]
     return restarts + 1 if before["was_ready"] else restarts
 
 
 def verdict(state: dict[str, Any], restarts: int) -> str | None:
-    """Return why no more waiting will help, or None while it may, with so many restarts allowed."""
+    """Return why waiting longer is pointless, or None."""
     container = state["container"]
     if container is None:
         return "The container is gone."
@@ -45,7 +43,7 @@ def verdict(state: dict[str, Any], restarts: int) -> str | None:
         detail = f" ({container['error']})" if container["error"] else ""
         return f"The server died with exit code {container['exit_code']}{detail}."
     if container["restarts"] > restarts:
-        # The engine has forgotten the exit code by now.
+        # Docker no longer knows the exit code.
         return (
             f"The server died, and its restart policy has started it again ({container['restarts']} times)."
         )
@@ -53,7 +51,7 @@ def verdict(state: dict[str, Any], restarts: int) -> str | None:
 
 
 def misplaced(state: dict[str, Any]) -> str | None:
-    """Return what is wrong with a server that will not mend itself, or None."""
+    """Return what is wrong with a running server for good, or None."""
     if state["referee"]["code"] == 1:
         return "{message} {cure}".format(**state["referee"])
     if state["referee"]["code"] == 0 and state["api"]["healthy"] and state["api"]["error"]:
@@ -62,12 +60,12 @@ def misplaced(state: dict[str, Any]) -> str | None:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """The action behind mlops.vllm_gpu.wait_for_server."""
+    """The action of mlops.vllm_gpu.wait_for_server."""
 
     _supports_check_mode = False
 
     def _read(self, arguments: dict[str, Any], task_vars: Any, interval: int) -> dict[str, Any]:
-        """Read the host; while the connection or its engine is away, try again."""
+        """Read the host; retry while the connection or its Docker Engine is lost."""
         away_since = None
         while True:
             lost, state = None, {}
@@ -93,13 +91,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             time.sleep(interval)
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Read the host until the server is proven (success) or can't become so (failure)."""
+        """Read the host until the server is proven (success) or can't be (failure)."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         timeout, interval = int(arguments.pop("timeout", 1800)), int(arguments.pop("interval", 2))
         host = (task_vars or {}).get("inventory_hostname", "host")
         started = time.monotonic()
-        # Restarts of a container that was there before are old news.
         before = arguments.pop("before", None) or {}
         shown, shown_at, ready_at = "", 0.0, 0.0
         problems: list[str] = []
@@ -109,7 +106,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             result.update(state, elapsed=round(elapsed))
             if state.get("failed") or state["proven"]:
                 return result
-            # One look can stumble over a busy engine or driver; the next one shows it.
+            # A busy Docker Engine or driver can fail one read: only a repeated problem counts.
             if state["problems"] and not problems:
                 problems = state["problems"]
                 time.sleep(interval)
@@ -126,15 +123,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             if reason:
                 log = "".join(f"\n  {line}" for line in state["log"])
                 tail = f"\nThe last lines of its log:{log}" if log else ""
-                # The message says it all; the whole state would bury it.
+                # Without the whole state, which would bury the message.
                 unproven = {"proven": False, "recorded": False, "elapsed": round(elapsed)}
                 return {**unproven, "failed": True, "msg": with_advice(f"{host}: {reason}{tail}")}
             now = state["doubts"][0]
             if now != shown or elapsed - shown_at > _REMINDER:
-                # While it loads, its own words say more than that it doesn't answer yet.
-                words = state["log"][-1].strip() if state["log"] and not state["api"]["healthy"] else now
-                line = f"{host}: waiting: {elapsed:.0f} of up to {timeout} s: {words}"
-                # 79 is what Ansible takes for the width where there is no terminal.
+                # While it loads, its log shows more than "no answer".
+                shown_text = state["log"][-1].strip() if state["log"] and not state["api"]["healthy"] else now
+                line = f"{host}: waiting: {elapsed:.0f} of up to {timeout} s: {shown_text}"
+                # Ansible's width is 79 where there is no terminal.
                 width = display.columns if display.columns > 79 else 160
                 display.display(line if len(line) <= width else f"{line[: width - 1]}…")
                 shown, shown_at = now, elapsed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The options that modules share."""
+"""Documentation of the options that modules share."""
 
 from __future__ import annotations
 
@@ -10,63 +10,29 @@ class ModuleDocFragment:
     WANTED = r"""
 options:
   wanted:
-    description: What the host should have; C(roles/vllm_gpu/vars/main/wanted.yml) puts it together.
+    description: What the host should have, from C(roles/vllm_gpu/vars/main/wanted.yml).
     type: dict
     required: true
     suboptions:
-      project_dir:
-        description: Directory of the Compose project on the host.
-        type: path
-        required: true
-      compose:
-        description: Content of the compose file.
-        type: str
-        required: true
-      referee:
-        description: Content of the referee script.
-        type: str
-        required: true
-      env_example:
-        description: Content that a C(.env) starts from where the host has none.
-        type: str
-        required: true
-      env:
-        description: Keys and values of C(.env) that the role decides.
-        type: dict
-        required: true
-      extra_args:
-        description: More arguments of vLLM, as a list of words or one text.
-        type: raw
-        default: []
-      server_env:
-        description: More environment variables of the server.
-        type: dict
-        default: {}
-      secrets:
-        description: Keys and values of C(.env) that may never be shown.
-        type: dict
-        default: {}
-      secret_env:
-        description: The same for environment variables of the server.
-        type: dict
-        default: {}
+      project_dir: {type: path, required: true, description: Directory of the Compose project on the host.}
+      compose: {type: str, required: true, description: Content of the compose file.}
+      referee: {type: str, required: true, description: Content of the referee script.}
+      env_example: {type: str, required: true, description: "Content of a new C(.env), before the role's keys are set."}
+      env: {type: dict, required: true, description: Keys and values of C(.env) that the role sets.}
+      extra_args: {type: raw, default: [], description: "More arguments of vLLM, as a list or one text."}
+      server_env: {type: dict, default: {}, description: More environment variables of the server.}
+      secrets: {type: dict, default: {}, description: Keys and values of C(.env) that must never be shown.}
+      secret_env: {type: dict, default: {}, description: The same for environment variables of the server.}
 """
 
     PROJECT_DIR = r"""
 options:
-  project_dir:
-    description: Directory of the Compose project on the host.
-    type: path
-    required: true
+  project_dir: {type: path, required: true, description: Directory of the Compose project on the host.}
 """
 
     LOCK = r"""
 options:
-  lock:
-    description:
-      - The play that holds the host's lock, as M(mlops.vllm_gpu.server_lock) named it.
-      - A step renews the lock, and fails where another play has taken it.
-    type: str
+  lock: {type: str, description: "The play that holds the host's lock, which this renews; fails where another play has taken it."}
 """
 
     READ = r"""
@@ -74,20 +40,15 @@ options:
   gpu_device_id:
     description:
       - Index, UUID or PCI bus id of the GPU, or UUID of the MIG instance, that the server must be on.
-      - When left out, the one that the server's container itself requested.
+        By default the one that the server's container requested.
     type: str
-  as_installed:
-    description:
-      - Judge the server by the files that the host has, instead of comparing them with O(wanted).
-    type: bool
-    default: false
+  as_installed: {type: bool, default: false, description: Judge the server by the installed files instead of O(wanted).}
   as_running:
-    description:
-      - Judge the server by what its own container was made from, whatever the files say.
+    description: Judge the server by what its own container was created from, whatever the files contain.
     type: bool
     default: false
   force:
-    description: Checks to leave out.
+    description: Checks to skip.
     type: list
     elements: str
     choices: [drift, exposure, irreversible, mig, training]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Filters for plays over several hosts; only the playbooks and the role of this collection use them."""
+"""Filters for plays over several hosts; internal to this collection's playbooks and role."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleFilterError
 
-# Ansible takes 0, and what is below it, for all hosts at once.
+# Ansible reads 0 and negative numbers as all hosts at once.
 _WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
 
 
 def is_wave(size: object) -> bool:
-    """Return whether Ansible takes it for the size of a wave as it is meant."""
+    """Return whether Ansible reads it as the size of a wave."""
     return bool(_WAVE.fullmatch(str(size)))
 
 
 def waves(sizes: object) -> Sequence[object]:
-    """Return the sizes as they are, if each is one."""
+    """Return the sizes of waves, if all are valid."""
     if not isinstance(sizes, str) and isinstance(sizes, Sequence) and sizes and all(map(is_wave, sizes)):
         return sizes
     raise AnsibleFilterError(
-        f"vllm_gpu_waves is {json.dumps(sizes)}, but has to be a list of whole numbers from 1 to 999999 and of "
+        f"vllm_gpu_waves is {json.dumps(sizes)}, but must be a list of whole numbers from 1 to 999999 and of "
         "percentages from 1% to 100%, such as [1, '10%', '50%']. No host was touched."
     )
 
 
 def twins(hosts: Sequence[str], hostvars: Mapping[str, Any]) -> list[str]:
-    """Return the hosts whose first GPU is also another one's."""
-    machines = {host: hostvars[host]["__vllm_gpu_state"]["gpus"][0]["uuid"] for host in hosts}
-    counted = Counter(machines.values())
-    return [host for host in hosts if counted[machines[host]] > 1]
+    """Return the hosts whose first GPU is also that of another host."""
+    uuids = {host: hostvars[host]["__vllm_gpu_state"]["gpus"][0]["uuid"] for host in hosts}
+    count = Counter(uuids.values())
+    return [host for host in hosts if count[uuids[host]] > 1]
 
 
 class Row(NamedTuple):
-    """A host, and below it a sentence that explains its state."""
+    """A host, and a sentence below it that explains its state."""
 
     host: str
     gpu: str
@@ -67,7 +67,7 @@ def row(host: str, state: Mapping[str, Any]) -> Row:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return a text in at most so many characters."""
+    """Return a text of at most `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -91,7 +91,7 @@ def status_table(hosts: Sequence[str], hostvars: Mapping[str, Any]) -> str:
     proven = sum(shown.state == "proven" for shown in rows)
     lines.append(f"{proven} of {len(rows)} hosts {'has' if proven == 1 else 'have'} a proven server.")
     if any(shown.why for shown in rows):
-        lines.append("ansible-playbook -i INVENTORY playbooks/verify.yml -l HOST   says more.")
+        lines.append("ansible-playbook -i INVENTORY playbooks/verify.yml -l HOST   shows more.")
     return "\n".join(lines)
 
 

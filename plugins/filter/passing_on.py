@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 
 def passing_on(compose_file: str, names: Iterable[str]) -> str:
-    """Return the compose file with a line for each variable that it doesn't have in the server's environment yet."""
+    """Return the compose file with a line for each variable that it doesn't pass on yet."""
     line = "    environment:\n"
     block = re.split(r"^ {4}\w", compose_file.partition(line)[2], maxsplit=1, flags=re.MULTILINE)[0]
     known = re.findall(r"^ {6}(\w+):", block, re.MULTILINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: visible
-short_description: Write out the control characters of a text
+short_description: Escape the control characters of a text
 description:
   - Makes a text that another program wrote safe for a terminal. Line breaks and tabs stay.
 author: vllm_gpu maintainers (@mlops)

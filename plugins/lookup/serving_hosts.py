@@ -5,10 +5,10 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: serving_hosts
-short_description: Name the hosts of a play, and fail where there are none
+short_description: Return the hosts of a play, and fail where there are none
 description:
-  - Ansible calls a play over no host a success, so that a cron job over a wrong inventory would be green for ever.
-  - Also warns of settings that are exported where Ansible runs, where they have no effect.
+  - To Ansible, a play over no host is a success, so a cron job with a wrong inventory would never fail.
+  - Also warns about settings that are exported on the controller, where they have no effect.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.2.0
 options:
@@ -44,8 +44,8 @@ from ansible.utils.display import Display
 
 display = Display()
 
-# Settings of the server by hand; on the controller they mean nothing.
-_BY_HAND = re.compile(r"(GPU_DEVICE_ID|VLLM_\w+|HF_CACHE)\Z")
+# Settings for Compose without Ansible; on the controller they have no effect.
+_SETTINGS = re.compile(r"(GPU_DEVICE_ID|VLLM_\w+|HF_CACHE)\Z")
 
 
 class LookupModule(LookupBase):  # type: ignore[misc]
@@ -62,12 +62,12 @@ class LookupModule(LookupBase):  # type: ignore[misc]
                 manager.add_host(host, group=group)
         sources = ", ".join(map(_shown, variables.get("ansible_inventory_sources") or [])) or "none"
         limit = variables.get("ansible_limit")
-        if context.CLIARGS.get("syntax"):  # of ansible-lint, too, which knows no inventory
+        if context.CLIARGS.get("syntax"):  # also by ansible-lint, without an inventory
             return terms
         if not manager.get_hosts(pattern):
             raise AnsibleError(
                 f"No host is in the group {pattern} of the inventory that was read ({sources}), so nothing was "
-                f"done. Name the right inventory with -i, or put the hosts into the group {pattern}."
+                f"done. Name the right inventory with -i, or add the hosts to the group {pattern}."
             )
         if limit:
             manager.subset(limit)
@@ -82,8 +82,8 @@ class LookupModule(LookupBase):  # type: ignore[misc]
 
 
 def without_effect() -> str:
-    """Say which settings are exported here in vain; nothing where none are."""
-    exported = sorted(filter(_BY_HAND.match, os.environ))
+    """Return a warning about exported settings, or an empty text."""
+    exported = sorted(filter(_SETTINGS.match, os.environ))
     if not exported:
         return ""
     return (
@@ -93,7 +93,7 @@ def without_effect() -> str:
 
 
 def _shown(source: object) -> str:
-    """Return an inventory as a person typed it, below the current directory."""
+    """Return an inventory relative to the current directory."""
     text = str(source)
     here = f"{Path.cwd()}/"
     return text.removeprefix(here)

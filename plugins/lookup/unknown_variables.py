@@ -5,8 +5,8 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 name: unknown_variables
-short_description: Find what looks like a setting of the role and is none
-description: Ansible ignores a misspelt variable, and the server would go where nobody wants it. Internal to the role.
+short_description: Find variables that look like the role's and are not
+description: Ansible ignores misspelt variables, so the server could go to the wrong GPU. Internal to the role.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.2.0
 options: {}
@@ -25,12 +25,12 @@ _OF_PLAYBOOKS = {
     *("vllm_gpu_waves", "vllm_gpu_stop_file", "vllm_gpu_rollout", "vllm_gpu_hosts"),
     *("vllm_gpu_acceptance_gpus", "vllm_gpu_acceptance_file", "vllm_gpu_acceptance_replace"),
 }
-# Also the names that env.example has.
+# Also names in env.example.
 _LIKE_OURS = re.compile(r"vllm_gpu_|(?i:gpu_?(id|device|device_?ids?)\Z)|(VLLM_[A-Z_]+|HF_CACHE|HF_TOKEN)\Z")
 
 
 def unknown(variables: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is none of the role's variables, and what -e "KEY=a --b 1" leaves over: -e splits at each blank."""
+    """Yield a problem for each unknown variable, and for what is left of -e "KEY=a --b 1", split at each space."""
     specs = yaml.safe_load(_SPECS.read_text(encoding="utf-8"))["argument_specs"]
     known = _OF_PLAYBOOKS | specs["main"]["options"].keys()
     for name in variables:
@@ -43,8 +43,8 @@ def unknown(variables: Mapping[str, Any]) -> Iterator[str]:
         if name == "_raw_params" or re.match("[^A-Za-z_]", name):
             given = f'"{variables[name]}"' if name == "_raw_params" else name
             yield (
-                f"{given} was given with -e, but belongs to no variable: -e splits its text at each blank. Write a value "
-                """with blanks as JSON: -e '{"vllm_gpu_extra_args": ["--seed", "3"]}'"""
+                f"{given} was given with -e, but belongs to no variable: -e splits its text at each space. Write a value "
+                """with spaces as JSON: -e '{"vllm_gpu_extra_args": ["--seed", "3"]}'"""
             )
 
 
@@ -54,5 +54,5 @@ class LookupModule(LookupBase):  # type: ignore[misc]
     def run(
         self, _terms: list[str], variables: dict[str, Any] | None = None, **_options: object
     ) -> list[str]:
-        """Return what is unknown among the variables of a host."""
+        """Return the problems of a host's variables."""
         return list(unknown(variables or {}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ask the server's API: does it answer, and does it serve our model to those who have the key?"""
+"""Check the server's API: it answers, and serves the wanted model to those who have the key."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Mapping, NamedTuple
 from . import compose
 from .shell import Problem
 
-# For a whole answer, in seconds: a server that many clients fall upon at once may take some.
+# For a complete answer, in seconds: a busy server may need a few.
 DEADLINE = 10
-# No list of models is longer; bytes.
+# Of a list of models; bytes.
 _LIMIT = 4 * 2**20
 
 
@@ -28,12 +28,12 @@ class Address(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The address as a person types it."""
+        """The address as a URL."""
         return f"http://{'[' + self.host + ']' if ':' in self.host else self.host}:{self.port}"
 
 
 def address(service: Mapping[str, Any]) -> Address:
-    """Return where a service's API answers on this host; "any address" is asked by loopback."""
+    """Return where a service's API answers on this host; "any address" means loopback."""
     port = service["ports"][0]
     host = ipaddress.ip_address(port.get("host_ip") or "127.0.0.1")
     if host.is_unspecified:
@@ -48,15 +48,15 @@ def served_names(service: Mapping[str, Any]) -> list[str]:
 
 
 def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -> tuple[int, bytes]:
-    """Return the status and the body of an answer that is whole within the deadline, and no longer than the limit.
+    """Return the status and the body of an answer; uses no proxy and follows no redirection.
 
-    Speaks to the server itself, never through a proxy, and follows no redirection.
+    Raises TimeoutError unless it is complete within the deadline, and Problem where it is too long.
     """
     connection = http.client.HTTPConnection(where.host, where.port, timeout=deadline)
     connection.connect()
     stream = connection.sock
 
-    # The socket's own timeout begins anew with each byte: an answer that drips would never end.
+    # The socket's own timeout restarts with each byte: an answer that drips would never end.
     late = threading.Event()
 
     def hang_up() -> None:
@@ -78,20 +78,18 @@ def _get(where: Address, path: str, key: str = "", deadline: float = DEADLINE) -
         alarm.cancel()
         connection.close()
     if late.is_set():
-        raise TimeoutError(f"no whole answer to {path} within {deadline} s")
+        raise TimeoutError(f"no complete answer to {path} within {deadline} s")
     if error:
         raise error
     if len(body) > _LIMIT:
-        raise Problem(f"{path} answers with more than {_LIMIT // 2**20} MiB")
+        raise Problem(f"the answer to {path} is larger than {_LIMIT // 2**20} MiB")
     return answer.status, body
 
 
 def probe(service: Mapping[str, Any], *, placed: bool) -> dict[str, Any]:
-    """Return what the API says; `error` is None when every rung holds.
+    """Check /health, and /v1/models with and without the key; `error` is None where all is well.
 
-    The rungs: /health (the engine lives), and, once it is `placed`, /v1/models
-    with our key (our model is the one served), and without it (the key is
-    really asked for).
+    /v1/models is only checked once the server is `placed` on its GPU.
     """
     where = address(service)
     key = str((service.get("environment") or {}).get("VLLM_API_KEY") or "")
@@ -99,13 +97,13 @@ def probe(service: Mapping[str, Any], *, placed: bool) -> dict[str, Any]:
     try:
         code, _body = _get(where, "/health")
         if code != 200:
-            raise Problem(f"/health answers {code}")
+            raise Problem(f"/health returned {code}")
         result["healthy"] = True
         if not placed:
-            return dict(result, error="it answers, and is asked for its models once it is on its GPU")
+            return dict(result, error="it answers; its models are checked once it is on its GPU")
         code, body = _get(where, "/v1/models", key)
         if code != 200:
-            raise Problem(f"/v1/models answers {code}{' to the API key in .env' if key else ''}")
+            raise Problem(f"/v1/models returned {code}{' for the API key in .env' if key else ''}")
         result["models"] = [str(model["id"]) for model in json.loads(body)["data"]]
         missing = [name for name in served_names(service) if name not in result["models"]]
         if missing:
@@ -115,8 +113,8 @@ def probe(service: Mapping[str, Any], *, placed: bool) -> dict[str, Any]:
     except Problem as problem:
         result["error"] = str(problem)
     except (OSError, http.client.HTTPException) as error:
-        # Also where only /v1/models gave none: that says nothing about what is served.
+        # Also where only /v1/models did not answer: what is served is unknown then.
         result.update(healthy=False, error=f"no answer from {where.url} ({error})")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        result["error"] = f"/v1/models answers with no list of models ({error})"
+        result["error"] = f"/v1/models did not return a list of models ({error})"
     return result

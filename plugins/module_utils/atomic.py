@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Change a file or a link in one step: a reader, or a crash, sees the old or the new one."""
+"""Replace a file or a link in one step: a reader or a crash never leaves a partial one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import os
 import tempfile
 
-# How the name of a file that is being written starts.
+# The start of a temporary file's name.
 TEMPORARY = ".vllm_gpu."
 
 
@@ -18,10 +18,9 @@ def write(
     owner: tuple[int, int] | None = None,
     modified: int | None = None,
 ) -> None:
-    """Put a file in place whole.
+    """Write a file completely, or raise OSError and leave it as it was; a link's target is replaced.
 
-    A link stays, and what it leads to is replaced. `owner` is a user and a group,
-    `modified` a time in nanoseconds. Raises OSError; the file is as it was then.
+    `owner` is a user and a group, `modified` a time in nanoseconds.
     """
     path = os.path.realpath(path)
     descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=os.path.dirname(path))
@@ -42,14 +41,14 @@ def write(
 
 
 def target(directory: str, link: str) -> str | None:
-    """Return where a link in a directory leads to, or None where it doesn't exist."""
+    """Return the target of a link in a directory, or None where it doesn't exist."""
     with contextlib.suppress(OSError):
         return os.readlink(os.path.join(directory, link))
     return None
 
 
 def point(directory: str, link: str, target: str) -> None:
-    """Make a link in a directory lead to `target`."""
+    """Set the target of a link in a directory."""
     temporary = os.path.join(directory, link + ".new")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)

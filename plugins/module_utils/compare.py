@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compare the container with the service that files describe, or with what it was itself made from."""
+"""Compare the container with the service that the files describe, or with what it was created from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import api, compose, container, files, leftovers, outgoing, proof, record
 
 
 def read_container(state: dict[str, Any]) -> dict[str, Any] | None:
-    """Fill in `container`; return all that the engine knows of it, its environment included."""
+    """Fill in `container`; return what `docker inspect` shows, secrets included."""
     raw = container.inspect()
     state["container"] = container.describe(raw) if raw else None
     state["secrets"].update(outgoing.secret_values(container.environment(raw)))
@@ -19,7 +19,7 @@ def read_container(state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_running(state: dict[str, Any]) -> None:
-    """Judge the server by what its own container was made from."""
+    """Judge the server by what its own container was created from."""
     raw = read_container(state)
     found = state["container"]
     if raw is None or found is None:
@@ -50,8 +50,8 @@ def read_service(
 ) -> tuple[dict[str, Any], str]:
     """Compare the container with the service of the files; return that, and its config hash.
 
-    `known_hash` is the one that Compose gave for the very same files when they were proven.
-    Of a server that was made from them, and is right, its own container gives the service.
+    `known_hash` is the hash of the very same files when they were proven. A proven server that was
+    created from them needs no call of Compose: its own container gives the service.
     """
     raw = read_container(state)
     if raw is not None and known_hash is not None and state["container"]["config_hash"] == known_hash:
@@ -73,7 +73,7 @@ def compare_container(
     wanted: Mapping[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Fill in whether the container is the wanted one, and what its API says."""
+    """Fill in whether the container is the wanted one, and the state of its API."""
     found = state["container"]
     state["image"] = service["image"]
     wanted_image = container.image_id(service["image"])
@@ -88,12 +88,12 @@ def compare_container(
     )
     proven_at = (state["last_proven"] or {}).get("proven_at", "")
     found["was_ready"] = found["health"] == "healthy" or (
-        # The engine asks for its health only every ten seconds.
+        # Docker runs the health check only every ten seconds.
         not state["recreate"] and proven_at[:19] >= found["started_at"][:19]
     )
     if found["status"] != "running":
         return
-    # A container that will be replaced listens where it was told before.
+    # A container that will be replaced listens where its own settings say.
     if not state["recreate"]:
         state["api"] = api.probe(service, placed=state["referee"]["code"] == 0)
         state["serving"] = state["api"]["healthy"]
@@ -109,12 +109,12 @@ def read_files(
     *,
     as_installed: bool,
 ) -> proof.Judged:
-    """Compare the container with what is wanted, or with the files that are, or were, installed."""
+    """Compare the container with what is wanted, or with the installed files."""
     changes = [change for change in wanted_files if change.differs]
     left = [] if as_installed else leftovers.interrupted(wanted["project_dir"])
     state["files_differ"] = bool(changes or left)
     state["changes"] = files.describe(changes, wanted)
-    state["changes"].extend(f"{path}, which an interrupted play has left, is removed" for path in left)
+    state["changes"].extend(f"{path}, left by an interrupted play, is removed" for path in left)
     state["project"] = files.project_of(wanted_files, wanted, as_installed=as_installed)
     contents = {os.path.basename(change.path): change.after for change in wanted_files[:2]}
     same = last if last and contents.items() <= last.files.items() else None

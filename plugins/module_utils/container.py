@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The server's container, its image and its log, as the Docker Engine of this host has them."""
+"""Read the server's container, its image and its log from the Docker Engine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from . import docker
 from .shell import Problem
 
 CONTAINER = "vllm-server"
-# While Compose recreates a container it has an interim name: the old id before its own.
+# While Compose recreates a container, the old one's name starts with its id.
 _OWN_NAME = "([0-9a-f]+_)?" + CONTAINER
-# The Compose project, and the one that it had until 0.2: `vllm` is every folder's of that name.
+# The Compose project, and the one until 0.2, which any folder named `vllm` shares.
 PROJECT, EARLIER_PROJECT = "vllm-gpu", "vllm"
-# The labels by which Compose knows its own.
+# Labels of Compose.
 PROJECT_LABEL = "com.docker.compose.project"
 _DIRECTORY_LABEL = PROJECT_LABEL + ".working_dir"
 _HASH_LABEL = "com.docker.compose.config-hash"
@@ -26,7 +26,7 @@ _OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
 
 
 def inspect(name: str = CONTAINER) -> dict[str, Any] | None:
-    """Return all that the engine knows of a container, or None. Its environment holds secrets."""
+    """Return what `docker inspect` shows of a container, secrets included, or None."""
     answer = docker.ask(["inspect", "--type", "container", name])
     return dict(json.loads(answer)[0]) if answer is not None else None
 
@@ -38,13 +38,13 @@ def find() -> list[dict[str, Any]]:
 
 
 def environment(raw: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the environment that a container was made with."""
+    """Return the environment that a container was created with."""
     pairs = (pair.partition("=") for pair in ((raw or {}).get("Config") or {}).get("Env") or [])
     return {key: value for key, _is, value in pairs}
 
 
 def describe(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the role needs to know of a container: nothing of its environment."""
+    """Return what the role needs to know about a container; nothing of its environment."""
     state, host = raw["State"], raw["HostConfig"]
     labels = raw["Config"].get("Labels") or {}
     health = state.get("Health") or {}
@@ -65,7 +65,7 @@ def describe(raw: Mapping[str, Any]) -> dict[str, Any]:
         "image": raw["Config"]["Image"],
         "image_id": raw["Image"],
         "stop_timeout": raw["Config"].get("StopTimeout") or 10,
-        # A container that Compose doesn't know for its own blocks the name.
+        # One without this label blocks the name: Compose would not replace it.
         "composed": _NUMBER_LABEL in labels,
         "project": labels.get(PROJECT_LABEL),
         "project_dir": labels.get(_DIRECTORY_LABEL),
@@ -82,11 +82,11 @@ def describe(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bindings(host_config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the addresses and ports of the host that a container was told to listen on."""
+    """Return the host's addresses and ports that a container publishes."""
     return [
         {"address": address, "port": int(binding["HostPort"])}
-        for bound in (host_config.get("PortBindings") or {}).values()
-        for binding in bound or []
+        for published in (host_config.get("PortBindings") or {}).values()
+        for binding in published or []
         if str(binding.get("HostPort", "")).isdigit()
         for address in ([binding["HostIp"]] if binding.get("HostIp") else ["0.0.0.0", "::"])  # noqa: S104 - Docker's default
     ]
@@ -106,13 +106,13 @@ def made_from(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_id(image: str) -> str | None:
-    """Return the id of an image that the engine has, or None where it would be pulled."""
+    """Return the id of an image, or None where it would have to be pulled."""
     answer = docker.ask(["image", "inspect", "--format", "{{.Id}}", image])
     return answer.strip() if answer is not None else None
 
 
 def others(*filters: str) -> list[str]:
-    """Return the names of the containers, other than the server's, that all `filters` of `docker ps` hold for."""
+    """Return the names of the containers, other than the server's, that match all `filters` of `docker ps`."""
     words = [word for text in filters for word in ("--filter", text)]
     names = (docker.ask(["ps", "--all", *words, "--format", "{{.Names}}"]) or "").split()
     return [name for name in names if not re.fullmatch(_OWN_NAME, name)]
@@ -122,7 +122,6 @@ def log_tail(count: int) -> list[str]:
     """Return the last lines of the server's log, both streams."""
     output = docker.run(["logs", "--tail", str(10 * count), CONTAINER])
     lines = (output.out + "\n" + output.err).splitlines()
-    # The role's own requests are no news.
     return [line for line in lines if line.strip() and not _OWN_REQUESTS.search(line)][-count:]
 
 
@@ -146,11 +145,11 @@ def check_owner(containers: Iterable[Mapping[str, Any]], project_dir: str) -> No
 
 
 def check_judged(found: Mapping[str, Any] | None, judged: str | None) -> None:
-    """Raise Problem for a container that isn't the one that the referee has just `judged`, and for a frozen one."""
+    """Raise Problem unless the container is the one that the referee has just `judged`, and isn't paused."""
     if judged and (found is None or found["id"] != judged):
         raise Problem(
             f"The container {CONTAINER} was replaced or removed while it was being checked: another program is "
             "changing it, or the Docker Engine is stopping. Run the play again."
         )
     if found and found["status"] == "paused":
-        raise Problem(f"The container {CONTAINER} is paused. Let it go on with: docker unpause {CONTAINER}")
+        raise Problem(f"The container {CONTAINER} is paused. Resume it with: docker unpause {CONTAINER}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Call docker: nothing else in this collection does."""
+"""Call docker; no other file of this collection does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Mapping, Sequence
 from . import shell
 from .shell import Problem
 
-# The oldest versions that this collection works with.
+# The oldest supported versions.
 OLDEST_ENGINE, OLDEST_COMPOSE = "20.10", "2.18"
 _ABSENT = re.compile(r"no such (container|image|object|network|volume)", re.IGNORECASE)
 _AWAY = re.compile(
@@ -20,11 +20,11 @@ _AWAY = re.compile(
 
 
 class Unanswered(Problem):
-    """The engine gave no answer, which says nothing about what is there; it may be restarting."""
+    """The Docker Engine did not answer; it may be restarting."""
 
 
 def version(text: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: `20.10.24+dfsg1` is (20, 10, 24)."""
+    """Return the numbers that a version starts with: (20, 10, 24) of `20.10.24+dfsg1`."""
     match = re.match(r"v?(\d+(?:\.\d+)*)", text)
     return tuple(int(part) for part in match.group(1).split(".")) if match else ()
 
@@ -41,10 +41,10 @@ def run(
     timeout: float = shell.TIMEOUT,
     ending: int | None = None,
 ) -> shell.Output:
-    """Run a docker command, and return whatever comes of it.
+    """Run a docker command.
 
-    With `ending`, the plugin that docker starts is ended with it, for which it gets so many seconds:
-    it would go on otherwise.
+    With `ending`, a timeout also terminates the plugin that docker has started, which would otherwise
+    go on; it is killed after so many seconds.
     """
     if ending is None:
         return shell.run(["docker", *argv], env=env, timeout=timeout)
@@ -53,10 +53,10 @@ def run(
 
 
 def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> str | None:
-    """Return what a docker command prints, or None where the engine answers that there is no such thing.
+    """Return what a docker command prints, or None where the object doesn't exist.
 
-    Raises Unanswered where the engine can't be reached or is too slow, and Problem,
-    with docker's own message, for every other failure: neither means "no".
+    Raises Unanswered where the Docker Engine can't be reached or is too slow, and Problem, with
+    docker's own message, for every other failure.
     """
     output = run(argv, timeout=timeout)
     if output.code == 0:
@@ -81,4 +81,4 @@ def ask(argv: Sequence[str], timeout: float = shell.TIMEOUT) -> str | None:
 def do(*argv: str, timeout: float = shell.TIMEOUT) -> None:
     """Run a docker command that must succeed; raise as ask() does."""
     if ask(argv, timeout) is None:
-        raise Problem(f"`docker {' '.join(argv)}` failed: there is no such thing.")
+        raise Problem(f"`docker {' '.join(argv)}` failed: no such object.")

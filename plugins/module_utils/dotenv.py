@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Change a `.env` file without losing a byte that isn't ours.
+"""Change the role's keys in a `.env` file and keep every other byte.
 
-Compose itself is the judge of what a `.env` *means* (see server.py, which asks
-`docker compose config`); this module only finds the line that decides a key
-and replaces that one line. It works on bytes: a user's file may hold any
-encoding and any line ending.
+What a `.env` means is for Compose to decide (compose.py); this only finds the line that decides a
+key, and replaces it. It works on bytes, as a user's file may have any encoding and line ending.
 """
 
 from __future__ import annotations
@@ -32,26 +30,24 @@ class Line(NamedTuple):
 
 
 def _unclosed(value: bytes) -> bool:
-    """Say whether `value` opens a quote that it doesn't close."""
+    """Return whether `value` opens a quote that it doesn't close."""
     body = value.lstrip(b" \t")
     quote = body[:1]
     if quote not in (b'"', b"'"):
         return False
-    # A backslash takes the next byte with it, in both kinds of quotes.
+    # A backslash escapes the next byte in both kinds of quotes.
     return quote not in re.sub(rb"\\.", b"", body[1:], flags=re.DOTALL)
 
 
 def lines(content: bytes) -> Iterator[Line]:
     """Yield the logical lines of a `.env`; joined, they are `content` again."""
-    # Not splitlines(): that also splits at form feeds and separators, which
-    # may stand inside a value.
+    # splitlines() would also split at form feeds and separators within a value.
     physical: list[bytes] = re.findall(rb"[^\n]*\n|[^\n]+\Z", content)
     while physical:
         raw = physical.pop(0)
         match = _ASSIGNMENT.match(raw)
         if match and _unclosed(match["value"]):
-            # A quoted value may run over several lines, and what looks like a
-            # key in there is text. One that never closes is this line only.
+            # A quoted value may span several lines, which hold no keys. A quote that never closes is one line.
             joined = raw
             for count, more in enumerate(physical, 1):
                 joined += more
@@ -69,11 +65,7 @@ def lines(content: bytes) -> Iterator[Line]:
 
 
 def literal(value: bytes) -> str | None:
-    """Return the text that `value` stands for, or None if it isn't that simple.
-
-    None (interpolation, escapes, undecodable bytes, text after a closing
-    quote) makes the caller rewrite the line, which is always safe.
-    """
+    """Return the text that `value` means, or None where only Compose knows (interpolation, escapes, odd bytes)."""
     try:
         text = value.decode().strip(" \t")
     except UnicodeDecodeError:
@@ -93,10 +85,7 @@ def literal(value: bytes) -> str | None:
 
 
 def quoted(value: str) -> str:
-    """Return `value` as a `.env` line must hold it so that Compose reads it back.
-
-    Raises ValueError for control characters, which no `.env` line can hold.
-    """
+    """Return `value` as Compose reads it back from a `.env` line; ValueError for control characters."""
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
         raise ValueError("it contains a control character")
     if _PLAIN.match(value):
@@ -108,12 +97,12 @@ def quoted(value: str) -> str:
 
 
 def values(content: bytes) -> dict[str, str | None]:
-    """Return what each key's deciding (last) line says; None where not simple."""
+    """Return the value of each key's last line, which decides; None where only Compose knows it."""
     return {line.key: literal(line.value) for line in lines(content) if line.key}
 
 
 def texts(content: bytes) -> dict[str, str]:
-    """Return what each key's last line says, for people: as it is written where that is not simple."""
+    """Return the value of each key's last line, as written where only Compose knows its meaning."""
     found = {}
     for line in lines(content):
         if line.key:
@@ -123,21 +112,18 @@ def texts(content: bytes) -> dict[str, str]:
 
 
 def without(content: bytes, keys: Container[str]) -> bytes:
-    """Return `content` less the lines of these keys."""
+    """Return `content` without the lines of these keys."""
     return b"".join(
         line.text + line.ending for line in lines(content) if line.key is None or line.key not in keys
     )
 
 
 def merge(content: bytes, wanted: Mapping[str, str]) -> bytes:
-    """Return `content` with each key of `wanted` set, and all else as it was.
+    """Return `content` with each key of `wanted` set, and everything else unchanged.
 
-    A key that is there keeps its place, its `export` and its line ending, and
-    its very bytes where it says the wanted value already. Of several lines
-    with one key the last decides, so only that one changes. A new key goes to
-    the end. Raises ValueError, naming the key, for a value that no line can
-    hold and for a quote in `content` that never closes: what follows it can't
-    be told from it.
+    An existing key keeps its place, `export`, line ending, and its bytes where it has the wanted
+    value; new keys are appended. Raises ValueError, naming the key, for a value that no line can hold
+    and for a quote in `content` that never closes.
     """
     parsed = list(lines(content))
     for line in parsed:

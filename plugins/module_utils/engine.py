@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Create a container and a network like ones that were inspected: docker's command line has no word for that."""
+"""Create a container or a network like an inspected one, which the docker command can't."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .docker import Unanswered
 from .shell import TIMEOUT, Problem
 
 SOCKET = "/var/run/docker.sock"
-# Of an answer; bytes.
+# The most that is read of an answer; bytes.
 _LARGEST = 1 << 20
 
 
@@ -25,7 +25,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def post(path: str, body: Mapping[str, Any]) -> Any:
-    """Return the engine's answer; Problem, with its own words, where it refuses."""
+    """Return the Docker Engine's answer; raise Problem, with its message, where it refuses."""
     connection = _Connection("localhost", timeout=TIMEOUT)
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -48,7 +48,7 @@ def post(path: str, body: Mapping[str, Any]) -> Any:
 
 
 def networks_of(container: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return how a container was attached to each of its networks, without what the engine chose itself."""
+    """Return how a container was attached to each of its networks, without what the Docker Engine chose itself."""
     attached = {}
     for name, attachment in (container.get("NetworkSettings", {}).get("Networks") or {}).items():
         endpoint = {
@@ -56,16 +56,16 @@ def networks_of(container: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             for key in ("IPAMConfig", "Links", "DriverOpts", "GwPriority")
             if attachment.get(key)
         }
-        # Engines before 25 list the container's own short id here.
+        # Before version 25, the list has the container's own short id.
         aliases = [alias for alias in attachment.get("Aliases") or [] if alias != container["Id"][:12]]
         attached[name] = dict(endpoint, Aliases=aliases) if aliases else endpoint
     return attached
 
 
 def creation(container: Mapping[str, Any], image: str) -> dict[str, Any]:
-    """Return what creates a container like the inspected one, from `image`, on its main network.
+    """Return the request that creates a container like the inspected one, from `image`, on its main network.
 
-    Volumes without a name of their own are mounted by the one that the engine gave them.
+    Anonymous volumes are mounted again by the names that Docker gave them.
     """
     config, host = dict(container["Config"], Image=image), dict(container["HostConfig"])
     config.pop("MacAddress", None)
@@ -85,12 +85,16 @@ def creation(container: Mapping[str, Any], image: str) -> dict[str, Any]:
     ]
     if anonymous:
         host["Binds"] = (host.get("Binds") or []) + anonymous
-    main = {key: one for key, one in networks_of(container).items() if key == host.get("NetworkMode") and one}
+    main = {
+        network: endpoint
+        for network, endpoint in networks_of(container).items()
+        if network == host.get("NetworkMode") and endpoint
+    }
     return dict(config, HostConfig=host, NetworkingConfig={"EndpointsConfig": main})
 
 
 def create(container: Mapping[str, Any], name: str, image: str) -> str:
-    """Create a container like the inspected one, and return its id; it isn't started."""
+    """Create a container like the inspected one, without starting it; return its id."""
     made = str(post("/containers/create?name=" + name, creation(container, image))["Id"])
     for network, endpoint in networks_of(container).items():
         if network not in (container["HostConfig"].get("NetworkMode"), "bridge", "host", "none"):

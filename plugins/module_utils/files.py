@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The service's files, as they are and as they should be."""
+"""The service's files: installed, previous and wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 from . import compose, container, dotenv, paths, record, settings, trust
 from .shell import Problem
 
-# What people put into .env for the server itself; only keys that the compose file names get there.
+# Keys that people put into .env for the server; only those that the compose file names reach it.
 _FOR_THE_SERVER = re.compile(
     r"(HF|HUGGING_?FACE|VLLM|CUDA|NCCL|GLOO|RAY|TRITON|FLASHINFER|(PY)?TORCH|TRANSFORMERS|TOKENIZERS|NVIDIA|OMP|AWS|S3|"
     r"SSL|REQUESTS|CURL|LD)_|PYTHON|(HTTPS?|NO|ALL)_PROXY\Z",
@@ -38,19 +38,21 @@ def read(path: str) -> tuple[bytes | None, int, int]:
 
 
 def installed(directory: str) -> list[FileChange]:
-    """Return the service's files as they are; Problem where a needed one is missing."""
+    """Return the installed files; raise Problem where one is missing."""
     files = []
     for name in (paths.COMPOSE_FILE, paths.ENV_FILE):
         path = os.path.join(directory, name)
         content, mode, _owner = read(path)
         if content is None:
-            raise Problem(f"{path} is not there: no server was set up on this host yet. Run serve.yml first.")
+            raise Problem(
+                f"{path} does not exist: no server was set up on this host yet. Run serve.yml first."
+            )
         files.append(FileChange(path, content, content, mode, differs=False))
     return files
 
 
 def previous(directory: str) -> list[FileChange]:
-    """Return the service's files as they were proven before the current ones."""
+    """Return the files of the previous proven state."""
     proven = record.load(directory, "previous")
     if proven is None:
         raise Problem(f"{directory} has no previous proven state.")
@@ -63,7 +65,7 @@ def previous(directory: str) -> list[FileChange]:
 
 
 def compare(wanted: Mapping[str, Any]) -> list[FileChange]:
-    """Return the three files as they are and as they should be, `.env` merged."""
+    """Return the three files as they are and as they should be, with `.env` merged."""
     directory = wanted["project_dir"]
     changes: list[FileChange] = []
     for name, content, mode in (
@@ -75,7 +77,7 @@ def compare(wanted: Mapping[str, Any]) -> list[FileChange]:
         before, mode_now, owner = read(path)
         if content is None:
             base = wanted["env_example"].encode() if before is None else before
-            # What the server is no longer given, it was the role that wrote down.
+            # The role wrote what the compose file passes on, so it also removes it.
             given = compose.passed_on(changes[0].before or b"")
             base = dotenv.without(base, given - {*settings.env_keys(wanted)})
             try:
@@ -90,7 +92,7 @@ def compare(wanted: Mapping[str, Any]) -> list[FileChange]:
 
 
 def env_keys(before: bytes | None, wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Return what `.env` must say; an installation of the earlier Compose project keeps that one's volumes."""
+    """Return the keys of `.env`; an installation of the earlier Compose project keeps its volumes."""
     keys = settings.env_keys(wanted)
     found = dotenv.values(before or b"")
     if found.get("COMPOSE_PROJECT_NAME") == container.EARLIER_PROJECT and "VLLM_VOLUME_PREFIX" not in found:
@@ -99,7 +101,7 @@ def env_keys(before: bytes | None, wanted: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> list[str]:
-    """Say in short sentences what would change; a secret only by its key."""
+    """Describe what would change; secrets by their keys only."""
     sentences = []
     for change in files:
         if change.before is None:
@@ -114,7 +116,7 @@ def describe(files: Sequence[FileChange], wanted: Mapping[str, Any]) -> list[str
 
 
 def describe_env(content: bytes, merged: bytes, wanted: Mapping[str, Any]) -> list[str]:
-    """Say which keys of an existing `.env` would change: `GPU 0 → 1`."""
+    """Describe which keys of an existing `.env` would change: `GPU 0 → 1`."""
     before, secret = dotenv.texts(content), settings.secrets(wanted)
     sentences = []
     for key, value in env_keys(content, wanted).items():
@@ -136,7 +138,7 @@ def project_of(files: Sequence[FileChange], wanted: Mapping[str, Any], *, as_ins
 
 
 def without_effect(files: Sequence[FileChange]) -> Iterator[str]:
-    """Yield a note on settings in `.env` that are meant for the server and don't reach it."""
+    """Yield a note on settings in `.env` that look meant for the server and don't reach it."""
     content = {os.path.basename(change.path): change.after for change in files}
     known = compose.named(content[paths.COMPOSE_FILE])
     lost = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether the names of GPUs in the settings still mean the cards that they meant: checked whatever runs."""
+"""Checks that the GPU ids in the settings still mean the same cards, also for a proven server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import forced
 
 
 class Context(NamedTuple):
-    """What the checks read."""
+    """What a check reads."""
 
     state: Mapping[str, Any]
     service: Mapping[str, Any]
@@ -20,7 +20,7 @@ class Context(NamedTuple):
 
 
 def check_drift(context: Context) -> str | None:
-    """The index that was proven means the same physical card as then."""
+    """The index still means the card that it meant when the server was proven."""
     gpu, last = context.state["gpu"], context.state["last_proven"]
     if not gpu or not last or "drift" in context.force:
         return None
@@ -30,13 +30,13 @@ def check_drift(context: Context) -> str | None:
         return None
     return (
         f"GPU {gpu['index']} is another card than it was: {then['name']} ({then['uuid']}) when the server was proven at "
-        f"{last['proven_at']}, now {gpu['name']} ({gpu['uuid']}). Name the card by its UUID, or accept the new "
+        f"{last['proven_at']}, now {gpu['name']} ({gpu['uuid']}). Request the card by its UUID, or accept the new "
         f"numbering with {forced('drift')}."
     )
 
 
 def check_training_ids(context: Context) -> str | None:
-    """Each card that is set aside for training exists: a misspelt one would protect none."""
+    """Each card that is set aside for training exists; a misspelt id would protect nothing."""
     # `-e vllm_gpu_training_gpus=` is a list with an empty text.
     names = filter(None, (str(name).strip() for name in context.training_gpus))
     cards = context.state["gpus"]
@@ -47,8 +47,8 @@ def check_training_ids(context: Context) -> str | None:
     if not lost:
         return None
     return (
-        f"vllm_gpu_training_gpus names {', '.join(map(json.dumps, lost))}, but this host has no such GPU, so that "
-        "nothing would be protected. Use an index, a UUID or a PCI bus id (in YAML within quotes) of "
+        f"vllm_gpu_training_gpus names {', '.join(map(json.dumps, lost))}, but this host has no such GPU, so it "
+        "would protect nothing. Use an index, a UUID or a PCI bus id (quoted in YAML) of "
         f"{gpus.describe(cards)}."
     )
 
@@ -57,7 +57,7 @@ CHECKS: list[Callable[[Context], str | None]] = [check_drift, check_training_ids
 
 
 def problems(checks: Sequence[Callable[[Context], str | None]], context: Context) -> Iterator[str]:
-    """Yield what the checks find."""
+    """Yield the problems that the checks find."""
     for check in checks:
         problem = check(context)
         if problem:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What plays that were killed have left in the service's directory: half-written files, copies with secrets in them."""
+"""Files that killed plays left in the service's directory: half-written ones, and copies with secrets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 
 from . import atomic, paths
 
-# As atomic.write() names a file until it is whole.
+# Names that atomic.write() uses until a file is complete.
 _TEMPORARY = re.compile(re.escape(atomic.TEMPORARY) + r"[a-z0-9_]{8}\Z")
 # A copy that earlier versions of acceptance.yml made.
 _KEPT = paths.PROVEN + ".kept"
@@ -20,14 +20,14 @@ def _names(directory: str) -> list[str]:
 
 
 def leftovers(project_dir: str) -> list[str]:
-    """Return the paths of what killed plays have left there; what is proven, or the user's, is not among them."""
+    """Return the paths that killed plays left; nothing that is proven or the user's."""
     proven = os.path.join(project_dir, paths.PROVEN)
     found = [
         os.path.join(project_dir, name)
         for name in _names(project_dir)
         if _TEMPORARY.match(name) or name == _KEPT
     ]
-    # A file that is a link is written where it leads to.
+    # A linked file is written in its target's directory.
     for name in _names(project_dir):
         path = os.path.join(project_dir, name)
         if os.path.islink(path) and not os.path.isdir(path):
@@ -45,13 +45,13 @@ def leftovers(project_dir: str) -> list[str]:
 
 
 def interrupted(project_dir: str) -> list[str]:
-    """Return the leftovers, and what a change that never ended has kept: the end of the next one removes that."""
+    """Return the leftovers, and the snapshot of an interrupted change, which the next change removes at its end."""
     before = os.path.join(project_dir, paths.PROVEN, paths.BEFORE)
     return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
 
 
 def remove(paths: list[str]) -> None:
-    """Remove files, links and directories; one that is gone already is no error."""
+    """Remove files, links and directories; missing ones are ignored."""
     for path in paths:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)

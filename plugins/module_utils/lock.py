@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""One play at a time on a host, and no lock that outlives a play for long.
+"""Let one play at a time change a host, and let the lock of a killed play expire.
 
-A play is many short processes on the host, so the lock is a lease in a file:
-its holder renews it with every read of the host, and a play that was killed
-stops renewing. A step that changes something holds the file's own lock (flock)
-from the check of the lease to the end of the change, so that no other play can
-take the lease in between. The file is on a tmpfs: a reboot forgets it.
+A play is many short processes on the host, so the lock is a lease in a file, which its holder renews
+with every read of the host. A step that changes something also holds the file's flock, from the check
+of the lease to the end of the change, so that no other play can take the lease meanwhile. The file is
+on a tmpfs: a reboot removes it.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ from typing import Any, Iterator, Mapping
 from .shell import Problem
 
 PATH = "/run/vllm_gpu.lock"
-# How long a lease lasts after a step, and, while the play only waits and renews it with every
-# read, how long after that: longer than a read of a slow host, yet short, so that a killed play
-# is soon forgotten. Seconds.
+# How long a lease lasts after a step, and after a read while the play only waits: longer than a read
+# of a slow host takes, but short, so that a killed play does not block others for long. Seconds.
 LEASE = 90
 WAITING_LEASE = 45
-# How long to wait for the flock: for others' reads and writes of the lease, which take no time,
-# and for a step of this very play that goes on although its connection was lost. Seconds.
+# How long to wait for the flock: while others read and write the lease, and for an earlier step of
+# the same play that still runs although its connection was lost. Seconds.
 _MOMENT = 5
 _OWN_STEP = 300
 _PAUSE = 0.1
 _SIZE = 1024
 
 
-class _Busy(Exception):  # noqa: N818 - no error: a step is going on
-    """The flock is held by a step that changes something; `lease` is what it was begun with."""
+class _Busy(Exception):  # noqa: N818 - not an error: a step is running
+    """The flock is held by a step that changes something under `lease`."""
 
     def __init__(self, lease: dict[str, Any]) -> None:
         super().__init__()
@@ -74,16 +72,15 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _write(descriptor: int, lease: dict[str, Any]) -> None:
-    # One write of one size: a reader without the flock never sees a part.
+    # One write of a fixed size: a reader without the flock never sees part of a lease.
     os.pwrite(descriptor, json.dumps(lease).encode().ljust(_SIZE), 0)
 
 
 def take(run: str, who: str, *, again: bool = False) -> dict[str, Any] | None:
     """Take the lock for `run`, or return the lease of the play that holds it.
 
-    With `again`, also return that of one that has had it since `run` had it, though it has
-    ended: the server is the other one's by now. Times are of the monotonic clock: setting the
-    host's clock changes nothing.
+    With `again`, also return the lease of a play that had it after `run` and has ended: the server is
+    that play's by now. Times are of the monotonic clock, which setting the host's clock doesn't change.
     """
     try:
         with _opened(_MOMENT) as descriptor:
@@ -97,7 +94,7 @@ def take(run: str, who: str, *, again: bool = False) -> dict[str, Any] | None:
 
 
 def renew(run: str, seconds: int = WAITING_LEASE) -> bool:
-    """Let the lease of `run` last from now on; False when another play has taken it."""
+    """Extend the lease of `run`; return False when another play has taken it."""
     try:
         with _opened(_MOMENT) as descriptor:
             lease, now = _read(descriptor), time.monotonic()
@@ -112,13 +109,10 @@ def renew(run: str, seconds: int = WAITING_LEASE) -> bool:
 
 @contextlib.contextmanager
 def holding(run: str | None, seconds: int = LEASE) -> Iterator[None]:
-    """Keep every other play out for as long as the block runs; without a `run`, do nothing.
+    """Keep every other play out while the block runs; without a `run`, do nothing.
 
-    The lease is checked and the change made under one hold of the flock. One that has lapsed
-    is still good where no other play has taken it. It lasts `seconds` from the end of the block.
-
-    Raises Problem where the lease is not that of `run`: another play has had the lock since, or
-    the host was started anew.
+    An expired lease is still good while no other play has taken it. It is extended by `seconds` at the
+    end of the block. Raises Problem where another play has had the lock since, or the host was restarted.
     """
     if run is None:
         yield
@@ -141,8 +135,8 @@ def holding(run: str | None, seconds: int = LEASE) -> Iterator[None]:
 def _lost(lease: Mapping[str, Any], run: str) -> str:
     if lease.get("run") == run:
         return (
-            f"An earlier step of this play still runs on this host after {_OWN_STEP} s, so that this one has "
-            f"changed nothing. `fuser -v {PATH}` names its process; run the play again when it has ended."
+            f"An earlier step of this play is still running on this host after {_OWN_STEP} s, so this one has "
+            f"changed nothing. `fuser -v {PATH}` shows its process; run the play again when it has ended."
         )
     cause = (
         f"{lease.get('who')} has taken this host's lock, because this play had stalled"
@@ -156,7 +150,7 @@ def _lost(lease: Mapping[str, Any], run: str) -> str:
 
 
 def why_lost(run: str) -> str:
-    """Return, for a person, what became of the lease of `run` that is no longer its own."""
+    """Return a message about who has the lease that `run` has lost."""
     descriptor = os.open(PATH, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         return _lost(_read(descriptor), run)
@@ -165,9 +159,9 @@ def why_lost(run: str) -> str:
 
 
 def release(run: str) -> bool:
-    """Give the lock back; False where `run` doesn't hold it.
+    """Release the lock; return False where `run` doesn't hold it.
 
-    The lease stays, as one that has lapsed: it tells a play that had stalled who has had the lock since.
+    The expired lease stays in the file: it shows a play that had stalled who has had the lock since.
     """
     try:
         with _opened(_MOMENT) as descriptor:

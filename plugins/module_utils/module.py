@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the modules have in common: arguments, and how they fail."""
+"""What the modules share: arguments, and how they fail."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ WANTED_OPTIONS: dict[str, Any] = {
 
 
 def invocation(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a module's arguments without `wanted`: its 40 kB would stand in every event of every host."""
+    """Return a module's arguments without `wanted`: its 40 kB would be in every event of every host."""
     return {"module_args": {key: value for key, value in params.items() if key != "wanted"}}
 
 
 def hidden(text: str, project_dir: str) -> str:
-    """Return a message as it may leave the host.
+    """Return a message without secrets.
 
-    Nobody has named the secrets to most modules. All that the compose file passes on to the
-    server counts as one, if it is as long as one.
+    Most modules are not given them, so every value that the compose file passes on and that is long
+    enough counts as one.
     """
     secrets = outgoing.known(project_dir, {})
     with contextlib.suppress(Problem):
@@ -48,7 +48,7 @@ def hidden(text: str, project_dir: str) -> str:
 
 @contextlib.contextmanager
 def failing(module: Any, project_dir: str, *, done: str = "written") -> Iterator[None]:
-    """Let the module fail, with what may leave the host, where the block finds a problem or a file can't be changed."""
+    """Let the module fail, without secrets, where the block raises Problem or can't change a file."""
     try:
         yield
     except Problem as problem:

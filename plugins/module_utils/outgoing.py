@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What leaves the host: no secret in it, and no control character that could drive a terminal."""
+"""Remove secrets and control characters from what leaves the host."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, Iterable, Iterator, Mapping
 from . import dotenv, paths
 
 HIDDEN = "********"
-# Names of environment variables whose values nobody may see.
+# Names of environment variables that hold secrets.
 SECRET_NAME = re.compile(
     r"API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|TOKEN\Z|SECRET|PASS(W|\Z)|PASSPHRASE|CREDENTIAL|(\A|_)(KEY|AUTH)\Z",
     re.IGNORECASE,
 )
-# A shorter value stands in anything; nobody could read what is left.
+# A shorter value occurs in most texts, which would become unreadable.
 _SHORTEST = 3
 _LOGIN = re.compile(r"//[^/@\s:]*:([^/\s]+)@|//([^/\s:]{8,})@")
-# C0 but tabs and line breaks, DEL and C1, what turns the direction of a text around, and half
-# characters, which no terminal and no JSON can take.
+# C0 except tabs and line breaks, DEL, C1, bidirectional controls, and lone surrogates, which no JSON
+# can hold.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -33,7 +33,7 @@ def visible(text: str) -> str:
 
 
 def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the secrets of an environment: of `names`, of names that say so, and passwords within a URL."""
+    """Yield the secrets of an environment: of `names`, of names that look like it, and passwords in URLs."""
     named = set(names)
     for key, value in environment.items():
         text = str(value or "")
@@ -43,12 +43,12 @@ def secret_values(environment: Mapping[str, Any], names: Iterable[str] = ()) -> 
 
 
 def known(project_dir: str, requested: Mapping[str, str]) -> set[str]:
-    """Return the secrets that a host knows: of its `.env`, of the kept ones, and those that are `requested`."""
+    """Return the secrets of a host's `.env`, of its proven copies, and the `requested` ones."""
     found = set(map(str, requested.values()))
     proven = os.path.join(project_dir, paths.PROVEN)
     for directory in (project_dir, *(os.path.join(proven, link) for link in paths.LINKS)):
         with contextlib.suppress(OSError):
-            # A pipe in a file's place would keep us waiting.
+            # Opening a FIFO would block.
             path = os.path.join(directory, paths.ENV_FILE)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb") as stream:
@@ -59,7 +59,7 @@ def known(project_dir: str, requested: Mapping[str, str]) -> set[str]:
 
 
 def _unreadable(content: bytes) -> Iterator[str]:
-    """Yield what follows the first = or : of a line that is no assignment: Compose quotes it when it refuses the file."""
+    """Yield the values of malformed lines: Compose quotes such a line when it refuses the file."""
     for line in dotenv.lines(content):
         text = line.text.decode("utf-8", "replace").strip()
         if line.key is None and not text.startswith("#"):
@@ -82,7 +82,7 @@ def spellings(secrets: Iterable[str]) -> list[str]:
 
 
 def clean(value: Any, secrets: Iterable[str] = ()) -> Any:
-    """Return `value` with each text in it, however deep, safe to be shown."""
+    """Return `value` with each text in it, at any depth, safe to show."""
     return _clean(value, spellings(secrets))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who listens on a port of this host, and whether the server could."""
+"""Find out which program listens on a port, and whether the server could."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, Iterator, Mapping, NamedTuple
 
 from . import container
 
-# What listens on a container's port, by whether the engine has its userland proxy.
+# What listens on a published port, with and without Docker's userland proxy.
 _DOCKER = ("docker-proxy", "dockerd")
 
 
 def problem(address: str, port: int, own: Mapping[str, Any] | None) -> str | None:
-    """Return why the server can't listen there, or None; `own` is its container as it is now."""
+    """Return why the server can't listen there, or None; `own` is its current container."""
     error = try_to_listen(address, 0)
     if error:
         return (
-            f"This host can't listen on {address} (vllm_gpu_bind_address): {error.strerror}. Use an address that "
-            "it has."
+            f"This host can't listen on {address} (vllm_gpu_bind_address): {error.strerror}. Use one of its "
+            "own addresses."
         )
     found = own or {"bindings": [], "status": ""}
     mine = [bound["address"] for bound in found["bindings"] if bound["port"] == port]
     running = bool(mine) and found["status"] in ("running", "restarting")
-    # One that runs couldn't without its port; between two starts another container may have taken it.
+    # A running one has its port; between two starts another container may have taken it.
     lost = found["status"] == "restarting" and bool(publishers(port))
     others = [
         other
@@ -40,18 +40,18 @@ def problem(address: str, port: int, own: Mapping[str, Any] | None) -> str | Non
             and (found["status"] == "running" or (other.program in ("", *_DOCKER) and not lost))
         )
     ]
-    # While it runs, or its restart policy brings it back, listening there for a moment could end that for good.
+    # Listening there, if only for a moment, could prevent a restart of the server for good.
     error = None if running else try_to_listen(address, port)
     if error and error.errno != errno.EADDRINUSE:
         return f"This host can't listen on port {port} of {address} (vllm_gpu_port): {error.strerror}."
     if not others and error is None:
         return None
     names = publishers(port) if all(other.program in ("", *_DOCKER) for other in others) else []
-    who, cure = "another program", "End it"
+    who, cure = "another program", "Stop it"
     if names:
         who, cure = f"container {', '.join(names)}", "Stop that container"
     elif others and others[0].program:
-        who, cure = f"{others[0].program} (pid {others[0].pid})", "End that program"
+        who, cure = f"{others[0].program} (pid {others[0].pid})", "Stop that program"
     return f"Port {port} on {address} is already in use by {who}. {cure}, or choose another vllm_gpu_port."
 
 
@@ -60,7 +60,7 @@ def overlap(address: str, other: str) -> bool:
     first, second = ipaddress.ip_address(address), ipaddress.ip_address(other)
     if first == second:
         return True
-    # Linux's :: takes IPv4 as well.
+    # On Linux, :: includes IPv4.
     return any(
         any_address.is_unspecified and any_address.version in (6, specific.version)
         for any_address, specific in ((first, second), (second, first))
@@ -84,7 +84,7 @@ def try_to_listen(address: str, port: int) -> OSError | None:
 
 
 def publishers(port: int) -> list[str]:
-    """Return the names of the containers, other than the server's, that publish a TCP port."""
+    """Return the names of the other containers that publish a TCP port."""
     return container.others(f"publish={port}/tcp", "status=running")
 
 
@@ -97,7 +97,7 @@ class Listener(NamedTuple):
 
 
 def listeners(port: int) -> list[Listener]:
-    """Return who listens on a TCP port, and on which addresses."""
+    """Return the listeners on a TCP port."""
     sockets = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         # A host may have no IPv6.
@@ -112,7 +112,7 @@ def listeners(port: int) -> list[Listener]:
 
 
 def _address(text: str) -> str:
-    """Return an address of /proc/net/tcp, whose 32-bit words have this machine's byte order, as people write it."""
+    """Return an address of /proc/net/tcp, whose 32-bit words have this machine's byte order, in its usual form."""
     words = [bytes.fromhex(text[at : at + 8]) for at in range(0, len(text), 8)]
     packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
     address = ipaddress.ip_address(packed)

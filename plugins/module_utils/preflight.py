@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What prevents a change: each check returns a text with its cure, or None.
+"""Checks before a change: each returns a problem with its fix, or None.
 
-For a host where something would change: server.py imports this only there, as Ansible compiles
-what is imported at each call.
+server.py imports this only where something would change, to save the time that an import costs.
 """
 
 from __future__ import annotations
@@ -14,19 +13,21 @@ import re
 import shutil
 from typing import Any, Callable, Mapping
 
-from . import advice, compose, container, docker, gpus, ports
+from . import advice, compose, container, docker, gpus, ports, shell
 from .identity import CHECKS as IDENTITY
 from .identity import Context
 from .settings import forced
 
 # vLLM's image takes about 10 GB compressed and 25 GB unpacked.
 IMAGE_BYTES = 25 * 10**9
-# The paths that answer without the API key, so that nobody takes it for a wall.
+# How long a file system may take to answer; seconds.
+_FILE_SYSTEM = 5
+# Paths that answer without the API key.
 UNGUARDED = "/health, /metrics, /ping, /tokenize and /invocations"
 
 
 def check_engine(_context: Context) -> str | None:
-    """The engine is new enough, and knows how to give a container a GPU."""
+    """The Docker Engine is new enough and can give a container a GPU."""
     output = docker.run(["info", "--format", "{{json .}}"])
     try:
         info = dict(json.loads(output.out))
@@ -36,7 +37,7 @@ def check_engine(_context: Context) -> str | None:
     if not found:
         message = "; ".join(info.get("ServerErrors") or []) or output.err or "no message"
         return (
-            f"`docker info` doesn't tell the engine's version: {message.rstrip('.')}. Check the Docker service "
+            f"`docker info` does not report the Docker Engine's version: {message.rstrip('.')}. Check the Docker service "
             "(`systemctl status docker`), and run the play again."
         )
     if docker.is_older(found, docker.OLDEST_ENGINE):
@@ -65,7 +66,7 @@ def utilization(service: Mapping[str, Any]) -> float:
 
 
 def container_of(pid: int | None) -> str:
-    """Return the name of the container that a process runs in, as ` of container NAME`, or nothing."""
+    """Return ` of container NAME` for a process in a container, otherwise an empty text."""
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8") as stream:
             match = re.search(r"[0-9a-f]{64}", stream.read())
@@ -78,22 +79,21 @@ def container_of(pid: int | None) -> str:
 
 
 def check_memory(context: Context) -> str | None:
-    """Enough of the card is free, not counting what our own server holds."""
+    """The card has enough free memory, counting what the server holds as free."""
     gpu, referee = context.state["gpu"], context.state["referee"]
     if not gpu or gpu["memory_total_mib"] is None or gpu["memory_used_mib"] is None:
         return None
     try:
         share = utilization(context.service)
-    except ValueError:  # of files that somebody has edited; vLLM itself will refuse it
+    except ValueError:  # in edited files; vLLM itself will refuse it
         return None
     own = sum(
         process["memory_mib"] or 0 for process in referee["processes"] if process["gpu_uuid"] == gpu["uuid"]
     )
     total = gpu["memory_total_mib"]
     needed, free = int(share * total), total - gpu["memory_used_mib"] + own
-    if free >= needed or gpus.is_divided(
-        gpu
-    ):  # an instance's memory is its own, and its size isn't known here
+    # The free memory of a MIG instance is not known here.
+    if free >= needed or gpus.is_divided(gpu):
         return None
     holders = [
         f"{process['name'] or '?'} (pid {process['pid'] or '?'}{container_of(process['pid'])}, "
@@ -103,8 +103,8 @@ def check_memory(context: Context) -> str | None:
     ]
     held_by = ", ".join(holders) or "processes that nvidia-smi doesn't list"
     return (
-        f"GPU {gpu['index']} ({gpu['name']}) has {free} MiB free, but {share} of its {total} MiB are {needed} MiB. "
-        f"The rest is held by {held_by}. End what isn't needed there, take another card, or set a smaller "
+        f"GPU {gpu['index']} ({gpu['name']}) has {free} MiB free, but the server needs {needed} MiB ({share} of {total} MiB). "
+        f"The rest is held by {held_by}. Stop what isn't needed there, choose another card, or lower "
         "vllm_gpu_memory_utilization."
     )
 
@@ -117,21 +117,21 @@ def check_training(context: Context) -> str | None:
     if not any(gpus.is_called(gpu, str(name).strip()) for name in context.training_gpus):
         return None
     return (
-        f"GPU {gpu['index']} ({gpu['name']}) is set aside for training (vllm_gpu_training_gpus). Take another card, "
-        f"or say that you mean it with {forced('training')}."
+        f"GPU {gpu['index']} ({gpu['name']}) is set aside for training (vllm_gpu_training_gpus). Choose another card, "
+        f"or use it anyway with {forced('training')}."
     )
 
 
 def check_mig(context: Context) -> str | None:
-    """The card isn't divided: a container on the whole of it would use one instance, whichever comes first."""
+    """The card isn't divided: a container on all of it would use only its first instance."""
     gpu = context.state["gpu"]
     if not gpu or gpus.is_instance(gpu) or "mig" in context.force or not gpus.is_divided(gpu):
         return None
     names = [f"{uuid}, {profile}" for card, profile, uuid in gpus.instances() if card == gpu["uuid"]]
     return (
-        f"GPU {gpu['index']} ({gpu['name']}, {gpu['uuid']}) is divided (MIG), and vLLM would not get the whole of it. "
-        f"Name an instance of it as gpu_device_id ({' or '.join(names) or '`nvidia-smi -L` lists none yet'}), or say "
-        f"that you mean the whole card with {forced('mig')}."
+        f"GPU {gpu['index']} ({gpu['name']}, {gpu['uuid']}) is divided (MIG), so vLLM would not get all of it. Set "
+        f"gpu_device_id to one of its instances ({' or '.join(names) or '`nvidia-smi -L` lists none yet'}), or use the "
+        f"whole card anyway with {forced('mig')}."
     )
 
 
@@ -141,12 +141,12 @@ def _port(service: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def check_port(context: Context) -> str | None:
-    """This host has the address, and nobody else listens there on the port."""
+    """The host has the address, and no other program listens there on the port."""
     return ports.problem(*_port(context.service), context.state["container"])
 
 
 def check_exposure(context: Context) -> str | None:
-    """Only this host can reach the API, or a key is asked for."""
+    """Only this host can reach the API, or it needs a key."""
     address, port = _port(context.service)
     if ipaddress.ip_address(address).is_loopback or "exposure" in context.force:
         return None
@@ -154,13 +154,13 @@ def check_exposure(context: Context) -> str | None:
         return None
     return (
         f"The API would listen on {address}:{port} without a key. Set vllm_gpu_api_key (it guards /v1 only: "
-        f"{UNGUARDED} answer everybody), keep vllm_gpu_bind_address at 127.0.0.1, or say that you mean it with "
+        f"{UNGUARDED} need none), keep vllm_gpu_bind_address at 127.0.0.1, or accept that with "
         f"{forced('exposure')}."
     )
 
 
 def check_project(context: Context) -> str | None:
-    """Nobody else's containers are in the Compose project, which would be taken for the server's."""
+    """The Compose project has no containers of anybody else."""
     project = context.state["project"]
     others = container.others(f"label={container.PROJECT_LABEL}={project}")
     if not others:
@@ -173,7 +173,7 @@ def check_project(context: Context) -> str | None:
 
 
 def check_disk(context: Context) -> str | None:
-    """An image that has to be pulled will fit."""
+    """An image that must be pulled will fit."""
     if context.state["image_present"]:
         return None
     root = (docker.ask(["info", "--format", "{{.DockerRootDir}}"]) or "").strip()
@@ -183,19 +183,32 @@ def check_disk(context: Context) -> str | None:
     if free >= IMAGE_BYTES:
         return None
     return (
-        f"{root} has {free // 10**9} GB free, and the image {context.state['image']} that has to be pulled may take "
-        f"{IMAGE_BYTES // 10**9} GB. Make room, for example with `docker image prune`; or, if you know that it "
-        "fits, `docker pull` it by hand."
+        f"{root} has {free // 10**9} GB free, and the image {context.state['image']} that must be pulled may need "
+        f"{IMAGE_BYTES // 10**9} GB. Free some space, for example with `docker image prune`; or, if you know that it "
+        "fits, run `docker pull` yourself."
     )
 
 
+def _is(test: str, path: str) -> bool | None:
+    """Return what `test -d` or `-e` finds; None where the file system hangs, such as NFS without its server."""
+    code = shell.run(["test", test, path], timeout=_FILE_SYSTEM).code
+    return None if code is None else code == 0
+
+
+def _binds(context: Context) -> list[Mapping[str, Any]]:
+    return [volume for volume in context.service.get("volumes") or [] if volume["type"] == "bind"]
+
+
 def check_caches(context: Context) -> str | None:
-    """A directory that is named for a cache or for models is there: Docker would make an empty one."""
-    missing = [
-        str(volume["source"])
-        for volume in context.service.get("volumes") or []
-        if volume["type"] == "bind" and not os.path.isdir(volume["source"])
-    ]
+    """Each directory for a cache or for models exists, as Docker would create an empty one."""
+    found = {str(volume["source"]): _is("-d", str(volume["source"])) for volume in _binds(context)}
+    hanging = [path for path, exists in found.items() if exists is None]
+    if hanging:
+        return (
+            f"The file system of {' and '.join(hanging)} gave no answer within {_FILE_SYSTEM} s. Check its mount, for "
+            "example whether its NFS server can be reached, and run the play again."
+        )
+    missing = [path for path, exists in found.items() if not exists]
     if not missing:
         return None
     return (
@@ -205,40 +218,36 @@ def check_caches(context: Context) -> str | None:
 
 
 def check_model(context: Context) -> str | None:
-    """A model that is named by its path is there."""
+    """A model that is given as a path exists."""
     model = str(context.service["command"][0])
-    for volume in context.service.get("volumes") or []:
+    for volume in _binds(context):
         inside = str(volume["target"]).rstrip("/") + "/"
-        if volume["type"] == "bind" and os.path.isdir(volume["source"]) and model.startswith(inside):
-            path = os.path.join(volume["source"], model[len(inside) :])
-            if not os.path.exists(path):
-                return (
-                    f"The model {model} is not on this host: there is no {path}. Copy it there, or correct "
-                    "vllm_gpu_model."
-                )
+        path = os.path.join(volume["source"], model[len(inside) :])
+        # check_caches reports a missing directory, and one that hangs.
+        if model.startswith(inside) and _is("-d", volume["source"]) and _is("-e", path) is False:
+            return f"The model {model} is not on this host: {path} does not exist. Copy it there, or correct vllm_gpu_model."
     return None
 
 
 def check_listing(context: Context) -> str | None:
-    """The driver shows who is on the cards: without that no server can be proven, and the one that works would be lost."""
+    """The driver lists the processes on the cards; otherwise no new server could be proven."""
     state = context.state
     found, verdict = state["container"], state["referee"]
     seen = verdict["processes"] or verdict["other_processes"]
     if seen or not verdict["processes_listed"] or not found or not state["serving"]:
         return None
     return (
-        f"nvidia-smi lists no process on any GPU of this host, although {container.CONTAINER} is at work and "
-        "answers: whichever card a server is on, that couldn't be proven, so the one that runs was left alone. "
-        "This happens in an LXC guest, for example, whose driver knows other process ids than the guest: there, "
-        "run the play on the host itself."
+        f"nvidia-smi lists no process on any GPU of this host, although {container.CONTAINER} is running and "
+        "answers. No server could be proven to be on its card, so the running one was left alone. This happens, for "
+        "example, in an LXC guest, where the driver sees other process ids: run the play on the LXC host itself."
     )
 
 
 def check_wsl(_context: Context) -> str | None:
-    """This is no WSL2, whose driver gives a container every card whatever it asks for."""
+    """The host is not WSL2, whose driver gives each container every card."""
     with open("/proc/sys/kernel/osrelease", encoding="utf-8") as stream:
         if "microsoft" in stream.read().lower():
-            return "This host is WSL2, where the driver ignores the choice of a card. Use a host with Linux itself."
+            return "This host is WSL2, where the driver ignores which GPU a container requests. Use a native Linux host."
     return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a reading of the host amounts to: is the server proven, and what would bring it up?"""
+"""Decide from a reading of the host whether the server is proven, and what would bring it up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .container import CONTAINER
 
 
 def doubts(state: Mapping[str, Any]) -> list[str]:
-    """Say what keeps the server from being proven, the most basic reason first."""
+    """Return the reasons why the server is not proven, the most basic first."""
     found = state["container"]
     if found is None:
         return [f"There is no container named {CONTAINER}."]
@@ -18,9 +18,9 @@ def doubts(state: Mapping[str, Any]) -> list[str]:
         return [f"The container is {found['status']}, not running."]
     reasons = []
     if len(found["requested"]) != 1 or state["gpu"] is None:
-        reasons.append("The container was not asked for one certain GPU.")
+        reasons.append("The container did not request exactly one GPU.")
     if state["recreate"]:
-        reasons.append("The container was made from other settings or another image than these.")
+        reasons.append("The container was created from other settings or another image.")
     if state["referee"]["code"] != 0:
         reasons.append(state["referee"]["message"])
     if state["api"]["error"] is not None:
@@ -31,10 +31,8 @@ def doubts(state: Mapping[str, Any]) -> list[str]:
 def action(state: Mapping[str, Any]) -> str:
     """Return what brings the wanted server up: create, recreate, move, replace, wait or nothing.
 
-    `move` is for one of the earlier Compose project, which has to go before its successor can have its name.
-
-    `replace` is for a container that matches its files and yet is no good, so
-    that Compose must be told; one that is only still loading is left to load.
+    `move` is for a container of the earlier Compose project, which must be removed first, as both have
+    one name. `replace` is for one that matches its files but does not work.
     """
     found = state["container"]
     if found is None:
@@ -43,7 +41,7 @@ def action(state: Mapping[str, Any]) -> str:
         return "recreate" if found["project"] == state["project"] else "move"
     if (
         found["status"] != "running"
-        # Where the API answers all the same, it is the health check that is ill.
+        # Where the API answers all the same, the health check itself is broken.
         or (found["health"] == "unhealthy" and not state["api"]["healthy"])
         or state["referee"]["cause"] in ("wrong_gpu", "additional_gpu", "gpu_view_lost")
     ):
@@ -52,7 +50,7 @@ def action(state: Mapping[str, Any]) -> str:
 
 
 def to_record(state: Mapping[str, Any], config_hash: str) -> dict[str, Any]:
-    """Return what a proven server proves, to be recorded; no secret is in it."""
+    """Return the proof to record; it holds no secret."""
     return {
         "requested": state["container"]["requested"][0],
         "gpu": {key: state["gpu"][key] for key in ("index", "uuid", "pci_bus_id", "name")},
@@ -64,7 +62,7 @@ def to_record(state: Mapping[str, Any], config_hash: str) -> dict[str, Any]:
 
 
 class Judged(NamedTuple):
-    """What the container is held against: the service of the files, its config hash, and the record of the same files."""
+    """What the container is compared with: the files' service, its config hash, and the record of the same files."""
 
     service: Mapping[str, Any]
     config_hash: str

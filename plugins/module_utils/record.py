@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Keep what was proven on a host: the files as they were then, and what they proved.
+"""Keep the proven states of a host: the files, and a record of what was proven.
 
-`.proven/current` and `.proven/previous` are links to directories that are
-written whole before a link points to them, so that a crash at any moment
-leaves both links on something complete. The record itself holds no secret;
-the copy of `.env` beside it does, and has its mode.
+`.proven/current` and `.proven/previous` are links to directories that are complete before a link
+points to them, so a crash leaves both valid. The record holds no secret; the copy of `.env` beside it does.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ from .paths import PROVEN
 from .shell import Problem
 
 RECORD = "record.json"
-# Which card the index meant, for the referee, which reads no JSON: `INDEX UUID`.
+# The card that the index meant, as `INDEX UUID`, for the referee, which reads no JSON.
 CARD = "gpu"
-# What is read of a record without asking whether it's there.
+# Keys that every record has.
 _NEEDED = ("requested", "gpu", "image", "image_id", "models")
 
 
@@ -37,8 +35,7 @@ class Proven(NamedTuple):
 def load(project_dir: str, which: str) -> Proven | None:
     """Return the `current` or the `previous` proven state, or None where there is none.
 
-    Raises Problem for one that can't be read or trusted: as "none", it would turn
-    off what guards the server by it.
+    Raises Problem for one that can't be read or trusted: without it, the check for drift would be off.
     """
     link = os.path.join(project_dir, PROVEN, which)
     trust.check(link)
@@ -47,32 +44,31 @@ def load(project_dir: str, which: str) -> Proven | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Problem(_unusable(link, "it is no symbolic link")) from error
-    # It leads to its neighbour, and nowhere else.
+        raise Problem(_unusable(link, "it is not a symbolic link")) from error
     if "/" in target or target in (".", ".."):
         raise Problem(_unusable(link, f"it leads to {target}"))
     directory = os.path.join(project_dir, PROVEN, target)
     try:
         found = {name: trust.read(os.path.join(directory, name)) for name in os.listdir(directory)}
-        files = {name: one.content for name, one in found.items() if one is not None}
-        made = json.loads(files.pop(RECORD))
-        if not isinstance(made, dict):
+        files = {name: file.content for name, file in found.items() if file is not None}
+        proof = json.loads(files.pop(RECORD))
+        if not isinstance(proof, dict):
             raise TypeError
         del files[CARD]
         for key in _NEEDED:
-            made[key]
+            proof[key]
     except OSError as error:
         raise Problem(_unusable(link, f"{error.filename}: {error.strerror}")) from error
     except KeyError as error:
         raise Problem(_unusable(link, f"{error.args[0]} is missing in it")) from error
     except (ValueError, TypeError) as error:
         raise Problem(_unusable(link, f"its {RECORD} is not JSON of the expected form")) from error
-    return Proven(files, made)
+    return Proven(files, proof)
 
 
 def _unusable(link: str, why: str) -> str:
     return (
-        f"{link}, which says what was proven on this host, can't be read: {why}. Remove it with `rm -rf "
+        f"{link}, the record of what was proven on this host, can't be read: {why}. Remove it with `rm -rf "
         f"{shlex.quote(link)}`; the next serve.yml records the server that it proves."
     )
 
@@ -82,8 +78,7 @@ def save(
 ) -> None:
     """Make `files` and `record` the current proven state, and the one before it the previous one.
 
-    With `again`, it is the current one once more, perhaps with another comment
-    in `.env`: the previous one stays, so that there is something to go back to.
+    With `again`, only unimportant bytes have changed, such as a comment in `.env`: the previous one stays.
     """
     directory = os.path.join(project_dir, PROVEN)
     os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -99,7 +94,7 @@ def save(
     if current and not again:
         atomic.point(directory, "previous", current)
     atomic.point(directory, "current", os.path.basename(fresh))
-    # What is kept of a change that goes on is a file, which rmtree leaves alone.
+    # rmtree leaves the snapshot alone, which is a file.
     used = {atomic.target(directory, "current"), atomic.target(directory, "previous"), "current", "previous"}
     for name in os.listdir(directory):
         if name not in used:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ask the referee, check_gpu_allocation.sh, which alone judges on which GPUs the server is."""
+"""Run the referee, check_gpu_allocation.sh, which alone judges which GPUs the server is on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from . import docker, gpus, paths, shell
 from .container import CONTAINER
 from .shell import Problem
 
-# Causes of the referee that say "no card or engine to work with", not "no
-# server yet": nothing can be served before they are cured.
+# Causes that prevent any server on this host.
 _HOST_CAUSES = {
     *("nvidia_smi_missing", "nvidia_smi_timeout", "nvidia_smi_failed", "nvidia_smi_unparsable"),
     *("driver_not_loaded", "driver_library_mismatch", "gpu_lost", "no_devices"),
     *("docker_missing", "docker_timeout", "docker_failed", "docker_unparsable"),
     *("engine_not_running", "engine_permission"),
 }
-# Of these, the engine may only be restarting.
+# Of these, the Docker Engine may only be restarting.
 _ENGINE_AWAY = ("docker_timeout", "engine_not_running")
-# What is handed on of a verdict.
+# What module results show of a verdict.
 VERDICT = (
     *("verdict", "code", "cause", "message", "cure", "notes"),
     *("processes", "other_processes", "processes_listed"),
@@ -30,12 +29,11 @@ VERDICT = (
 def ask(script: str, expect: str | None) -> dict[str, Any]:
     """Return the referee's JSON verdict (see docs/check_gpu_allocation.md).
 
-    The script comes over stdin, so the host is judged by this version of it,
-    also before it was ever installed there.
+    The script comes over stdin: its version is this collection's, whatever is installed on the host.
     """
     argv = ["bash", "-s", "--", "--json", "--deep", "--no-drift", "--container", CONTAINER]
     argv += ["--expect", expect] if expect is not None else []
-    # It makes several calls, each with a limit of its own.
+    # It makes several calls with a limit each.
     output = shell.run(argv, script.encode(), timeout=3 * shell.TIMEOUT)
     try:
         verdict = json.loads(output.out)
@@ -47,8 +45,8 @@ def ask(script: str, expect: str | None) -> dict[str, Any]:
 
 
 def read_cards(gpu_device_id: str | None, wanted: Mapping[str, Any], state: dict[str, Any]) -> None:
-    """Ask the referee; fill in `referee`, `gpus`, `gpu` and `gpu_device_id`."""
-    # What is no name of one GPU reaches no command.
+    """Run the referee; fill in `referee`, `gpus`, `gpu` and `gpu_device_id`."""
+    # Only the id of one GPU reaches a command.
     plain = gpu_device_id is not None and gpus.canonical(gpu_device_id)
     verdict = ask(wanted["referee"], gpu_device_id if plain else None)
     state["referee"] = {key: verdict.get(key) for key in VERDICT}
@@ -62,6 +60,5 @@ def read_cards(gpu_device_id: str | None, wanted: Mapping[str, Any], state: dict
         state["gpu"] = gpus.expected(verdict)
         return
     state["gpu"] = gpus.find(gpu_device_id, verdict)
-    # An index stays one; every other spelling becomes the UUID, which the
-    # engine understands, and which a reboot doesn't change.
+    # Other ids become the UUID, which Docker understands and a reboot doesn't change.
     state["gpu_device_id"] = gpu_device_id if gpu_device_id.isdigit() else state["gpu"]["uuid"]

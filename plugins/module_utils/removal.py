@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Remove the server's container: that one, by its id, and nothing else."""
+"""Remove the server's container by its id."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, Mapping, Sequence
 from . import container, docker
 from .shell import Problem
 
-# What docker may take beyond the container's own grace period; seconds.
+# How long docker may need beyond the container's grace period; seconds.
 _STOPPING = 60
 
 
 def remove(containers: Sequence[Mapping[str, Any]]) -> None:
-    """Stop and remove the containers, and the default network of their projects where nothing else uses it.
+    """Stop and remove the containers, and the unused default networks of their projects.
 
-    Volumes stay. Raises Problem unless docker shows afterwards that the containers are gone.
+    Volumes stay. Raises Problem where a container still exists afterwards.
     """
     error = ""
     for found in containers:
-        # Each may report that it is gone already; what counts is what docker shows afterwards.
+        # Errors, such as "already removed", don't matter; the check below does.
         docker.run(["stop", found["id"]], timeout=found["stop_timeout"] + _STOPPING)
         error = docker.run(["rm", "--force", found["id"]], timeout=_STOPPING).err
     left = [found["name"] for found in container.find()]
     if left:
         raise Problem(
-            f"There is still a container {' and '.join(left)} on this host: "
-            f"{error or 'another program has made it anew. Run the play again.'}"
+            f"The container {' and '.join(left)} still exists on this host: "
+            f"{error or 'another program has created it again. Run the play again.'}"
         )
     for project in sorted({found["project"] for found in containers if found["project"]}):
         _remove_network(project)
@@ -38,5 +38,5 @@ def _remove_network(project: str) -> None:
     filters = [word for label in labels for word in ("--filter", f"label={label}")]
     for network in (docker.ask(["network", "ls", "--quiet", "--no-trunc", *filters]) or "").split():
         if not docker.ask(["ps", "--all", "--quiet", "--filter", f"network={network}"]):
-            # A network that stays does no harm; the next `up` uses it.
+            # A failure does no harm.
             docker.run(["network", "rm", network])

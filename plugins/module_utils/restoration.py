@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Put the host back as a snapshot has it."""
+"""Restore a host from its snapshot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .shell import Problem
 
 
 class Outcome(NamedTuple):
-    """What was done to be as before, in words for a person, and what could not be done."""
+    """What was restored, removed, and could not be restored."""
 
     restored: list[str]
     removed: list[str]
@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Go on with the next thing where this one can't be put back."""
+        """Note a failure, and continue with the next step."""
         try:
             yield
         except docker.Unanswered:
@@ -35,16 +35,16 @@ class Outcome(NamedTuple):
             self.failed.append(f"{error.filename or 'A file'} could not be written: {error.strerror}.")
 
 
-def restore_files(kept: Mapping[str, Any]) -> Outcome:
-    """Put the files, and the links to what was proven, back as they were found."""
+def restore_files(saved: Mapping[str, Any]) -> Outcome:
+    """Restore the files, and the links to the proven states."""
     done = Outcome([], [], [])
-    for path, before in kept["files"].items():
+    for path, before in saved["files"].items():
         with done.step():
             _restore_file(path, before, done)
-    for path, target in kept["links"].items():
+    for path, target in saved["links"].items():
         with done.step():
             _restore_link(path, target)
-    for directory in kept["missing"]:
+    for directory in saved["missing"]:
         with done.step():
             _clear(directory)
     return done
@@ -75,18 +75,18 @@ def _replace_link(path: str, target: str | None) -> None:
 
 
 def _restore_link(path: str, target: str | None) -> None:
-    """Let what counts as proven be what it was, as long as it's there."""
-    keep, name = os.path.split(path)
-    if atomic.target(keep, name) == target:
+    """Restore a link to a proven state, as long as that exists."""
+    directory, name = os.path.split(path)
+    if atomic.target(directory, name) == target:
         return
     if target is None:
         os.unlink(path)
-    elif os.path.isdir(os.path.join(keep, target)):
-        atomic.point(keep, name, target)
+    elif os.path.isdir(os.path.join(directory, target)):
+        atomic.point(directory, name, target)
 
 
 def _clear(directory: str) -> None:
-    """Remove what the change has left half-written in a directory that it has made."""
+    """Remove half-written files from a directory that the change has created."""
     for name in os.listdir(directory) if os.path.isdir(directory) else []:
         path = os.path.join(directory, name)
         if name.startswith(atomic.TEMPORARY):
@@ -95,25 +95,25 @@ def _clear(directory: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def restore_engine(kept: Mapping[str, Any], done: Outcome) -> Outcome:
-    """Put the images' names, the container and its networks back as they were found; start nothing."""
-    for image, wanted in kept["images"].items():
+def restore_engine(saved: Mapping[str, Any], done: Outcome) -> Outcome:
+    """Restore the images' names, the container and its networks; start nothing."""
+    for image, wanted in saved["images"].items():
         with done.step():
             _restore_image(image, wanted, done)
     used: list[str] = []
     with done.step():
-        _remove_others(kept, used, done)
-    # Before the others are made, as their addresses may be taken; one that can't be removed must not cost the server.
+        _remove_others(saved, used, done)
+    # First, as these may hold the addresses of the old ones.
     with done.step():
-        _remove_networks(kept, used, done)
+        _remove_networks(saved, used, done)
     with done.step():
-        _make_networks(kept, done)
-        _restore_container(kept, done)
+        _make_networks(saved, done)
+        _restore_container(saved, done)
     return done
 
 
 def _restore_image(image: str, wanted: str | None, done: Outcome) -> None:
-    """Give an image its name back; one that was pulled for the change stays."""
+    """Restore an image's name; an image that was pulled for the change stays."""
     if wanted is None or container.image_id(image) == wanted:
         return
     docker.do("image", "tag", wanted, image)
@@ -124,12 +124,12 @@ def _stop(found: Mapping[str, Any]) -> None:
     docker.do("stop", found["id"], timeout=found["stop_timeout"] + shell.TIMEOUT)
 
 
-def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
-    """Remove what the change has made in the container's place; add the networks that it was on to `networks`."""
-    here = os.path.realpath(kept["project_dir"])
+def _remove_others(saved: Mapping[str, Any], networks: list[str], done: Outcome) -> None:
+    """Remove the containers that the change has created; add their networks to `networks`."""
+    here = os.path.realpath(saved["project_dir"])
     for found in container.find():
         if (
-            found["id"] == snapshot.container_id(kept)
+            found["id"] == snapshot.container_id(saved)
             or os.path.realpath(found["project_dir"] or "/") != here
         ):
             continue
@@ -139,20 +139,20 @@ def _remove_others(kept: Mapping[str, Any], networks: list[str], done: Outcome) 
         done.removed.append("the container that failed")
 
 
-def _make_networks(kept: Mapping[str, Any], done: Outcome) -> None:
-    """Make the networks again that the change has removed."""
+def _make_networks(saved: Mapping[str, Any], done: Outcome) -> None:
+    """Create the networks again that the change has removed."""
     names = {
-        network["Name"] for network in snapshot.networks([network["Name"] for network in kept["networks"]])
+        network["Name"] for network in snapshot.networks([network["Name"] for network in saved["networks"]])
     }
-    for network in kept["networks"]:
+    for network in saved["networks"]:
         if network["Name"] not in names:
             engine.create_network(network)
             done.restored.append(f"the network {network['Name']}")
 
 
-def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
-    """Remove the networks that the change has made for itself."""
-    before = {network["Name"] for network in kept["networks"]}
+def _remove_networks(saved: Mapping[str, Any], used: Sequence[str], done: Outcome) -> None:
+    """Remove the networks that the change has created."""
+    before = {network["Name"] for network in saved["networks"]}
     for network in snapshot.networks(used):
         if (
             network["Name"] not in before
@@ -164,14 +164,14 @@ def _remove_networks(kept: Mapping[str, Any], used: Sequence[str], done: Outcome
                 done.removed.append(f"the network {network['Name']}")
 
 
-def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
-    """Have the container that was there under its name, made again where it is gone."""
-    before = kept["container"]
+def _restore_container(saved: Mapping[str, Any], done: Outcome) -> None:
+    """Restore the container under its name; create it again where it is gone."""
+    before = saved["container"]
     if before is None:
         return
     now = container.inspect(before["Id"])
     if now is None:
-        # By its name, if that still means its image: `docker ps` shows it.
+        # By its name, which `docker ps` shows, if that still means the same image.
         name = before["Config"]["Image"]
         image = name if container.image_id(name) == before["Image"] else before["Image"]
         engine.create(before, CONTAINER, image)
@@ -186,12 +186,12 @@ def _restore_container(kept: Mapping[str, Any], done: Outcome) -> None:
 
 
 def wait_for_engine(seconds: float) -> None:
-    """Wait while the engine is away, as during a restart; Unanswered where that takes longer."""
+    """Wait for the Docker Engine, for example during its restart; raise Unanswered where that takes longer."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             container.inspect()
-        except docker.Unanswered:  # noqa: PERF203 - a second passes between two tries
+        except docker.Unanswered:  # noqa: PERF203 - one try a second
             if time.monotonic() >= deadline:
                 raise
             time.sleep(1)
@@ -199,16 +199,16 @@ def wait_for_engine(seconds: float) -> None:
             return
 
 
-def must_start(kept: Mapping[str, Any]) -> bool:
-    """Say whether the container ran and doesn't now."""
-    if not kept["container"] or not kept["container"]["State"]["Running"]:
+def must_start(saved: Mapping[str, Any]) -> bool:
+    """Return whether the container ran before and doesn't now."""
+    if not saved["container"] or not saved["container"]["State"]["Running"]:
         return False
     now = container.inspect()
     return now is not None and not now["State"]["Running"]
 
 
 def wait_for_memory(seconds: float = 30) -> None:
-    """Wait until the driver gives no more memory back: a server that was just removed may still hold some."""
+    """Wait until the memory in use stops falling: a server that was just removed may still hold some."""
     deadline, before = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         now = gpus.memory_in_use()
@@ -220,10 +220,10 @@ def wait_for_memory(seconds: float = 30) -> None:
 
 def start() -> None:
     """Start the container."""
-    # NVIDIA's hook may take its time.
+    # NVIDIA's hook may be slow.
     docker.do("start", CONTAINER, timeout=6 * shell.TIMEOUT)
 
 
-def new_volumes(kept: Mapping[str, Any]) -> list[str]:
-    """Return the volumes that the change has made: they stay, as they may hold hours of downloads."""
-    return [name for name in snapshot.volumes() if name not in kept["volumes"]]
+def new_volumes(saved: Mapping[str, Any]) -> list[str]:
+    """Return the volumes that the change has created. They stay: they may hold hours of downloads."""
+    return [name for name in snapshot.volumes() if name not in saved["volumes"]]

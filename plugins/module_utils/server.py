@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Read one host's GPUs, files and vLLM server, and compare them with what is wanted.
 
-Everything here only reads. `read()` is the one reading that the role takes: before
-it changes anything, in check mode, and afterwards as the proof.
+This only reads: before a change, in check mode, and afterwards as the proof.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from .shell import Problem
 
 
 def begin(gpu_device_id: str | None, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Read the cards; return the state so far, and what is wanted with the card's id as the engine takes it."""
+    """Read the cards; return the state so far, and what is wanted with the card's id in Docker's form."""
     problems: list[str] = []
     state: dict[str, Any] = {
         "problems": problems,
@@ -29,7 +28,7 @@ def begin(gpu_device_id: str | None, wanted: Mapping[str, Any]) -> tuple[dict[st
         "image_present": False,
         "container": None,
         "referee": dict.fromkeys(referee.VERDICT),
-        "api": {"url": "", "healthy": False, "models": [], "error": "it was not asked"},
+        "api": {"url": "", "healthy": False, "models": [], "error": "it was not checked"},
         "doubts": [],
         "notes": [],
         "unanswered": False,
@@ -52,29 +51,10 @@ def begin(gpu_device_id: str | None, wanted: Mapping[str, Any]) -> tuple[dict[st
 
 
 def read(gpu_device_id: str | None, wanted: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """Read the host once: what is there, what is wanted, and what would change.
+    """Read the host, compare it with what is wanted, and return what the module server_info documents.
 
-    Args:
-        gpu_device_id: index, UUID or PCI bus id of the card; None means the one that the
-            container asked for.
-        wanted: WANTED_OPTIONS, filled in.
-        options: `as_installed` judges the server by the files that the host
-            has, not by `wanted`, and `as_running` by what its container was made from; `preflight` asks for every check that a
-            change needs, `force` leaves some out, `training_gpus` are ids; `again` takes what
-            is found for granted, where else only what two readings find counts.
-
-    Returns:
-        `problems` (texts with their cures; nothing may be changed while there
-        are any), `gpus`, `gpu` (the requested card), `gpu_device_id` (its id as the engine
-            takes it), `changes` (sentences),
-        `files_differ`, `recreate` (the container isn't the wanted one),
-        `action` (what brings the wanted server up),
-        `image_present`, `container`, `referee` (its verdict), `api`,
-        `last_proven` (its record), `recorded` (it is what runs now), `proof`
-        (what to record), `doubts` (what keeps the server from being proven), `notes`
-        (what a person should know besides), `unanswered` (the engine gave no answer),
-        and `proven`: the wanted container runs, on that card and no other, and
-        its API answers.
+    `options` are that module's. `again` marks the second of two readings: only problems that both find
+    count, as a server that dies or restarts between two calls looks like a problem of the host.
     """
     state, resolved = begin(gpu_device_id, wanted)
     problems = state["problems"]
@@ -102,7 +82,6 @@ def read(gpu_device_id: str | None, wanted: Mapping[str, Any], **options: Any) -
     if judged.service:
         found = list(find_problems(state, judged.service, options))
         if found and not options.get("again"):
-            # A server that dies, or is brought back, between two of these reads looks like a problem of the host.
             return read(gpu_device_id, wanted, again=True, **options)
         problems.extend(found)
     state["proven"] = not problems and not state["doubts"]
@@ -113,11 +92,9 @@ def read(gpu_device_id: str | None, wanted: Mapping[str, Any], **options: Any) -
 
 
 def find_problems(
-    state: Mapping[str, Any],
-    service: Mapping[str, Any],
-    options: Mapping[str, Any],
+    state: Mapping[str, Any], service: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield what prevents a change, where one is needed; of a proven server, whether its card is still the same."""
+    """Yield what prevents a change where one is needed, and in any case whether the card is still the same."""
     changes = options.get("preflight") and (
         state["problems"] or state["doubts"] or options.get("as_previous")
     )

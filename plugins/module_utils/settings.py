@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the role's variables may hold: checked before anything else, as Compose, Docker and vLLM would find out later.
+"""Check the values of the role's variables, before Compose, Docker or vLLM trip over them.
 
-Each problem is a sentence that names the variable and what to type instead.
+Each problem names the variable and what to type instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from . import outgoing
 from .shell import Problem
 
-# The role's variable behind each key of .env that the role decides.
+# The role's variable for each key of .env that the role sets.
 VARIABLES: dict[str, str] = {
     "GPU_DEVICE_ID": "gpu_device_id",
     "VLLM_IMAGE": "vllm_gpu_image",
@@ -34,33 +34,32 @@ VARIABLES: dict[str, str] = {
     "VLLM_RESTART": "vllm_gpu_restart",
     "VLLM_STOP_GRACE_PERIOD": "vllm_gpu_stop_grace_period",
 }
-# What vllm_gpu_force may name.
+# Values of vllm_gpu_force.
 FORCE = ("drift", "exposure", "irreversible", "mig", "training")
-# Ansible hides a secret wherever it occurs in what a module returns; a short one occurs in anything.
+# Ansible hides a secret wherever a module's result has it; a short one occurs in most texts.
 SHORTEST_SECRET = 8
 _MAY_BE_EMPTY = ("VLLM_EXTRA_ARGS",)
 _CACHES = ("HF_CACHE", "VLLM_CACHE", "VLLM_MODELS")
 
-# Options of vLLM that the role decides or relies on, and what to set instead.
+# Options of vLLM that the role sets or relies on, and what to do instead.
 _OWN_OPTIONS: dict[str, str] = {
-    "--model": "vllm_gpu_model",
-    "--host": "vllm_gpu_bind_address",
-    "--port": "vllm_gpu_port",
-    "--uds": "vllm_gpu_bind_address and vllm_gpu_port",
-    "--gpu-memory-utilization": "vllm_gpu_memory_utilization",
-    "--api-key": "vllm_gpu_api_key (arguments show in every process list)",
-    "--hf-token": "vllm_gpu_hf_token (arguments show in every process list)",
-    "--download-dir": "vllm_gpu_hf_cache",
-    "--headless": "nothing: the API is what proves the server",
-    "--grpc": "nothing: the API that proves the server is the one over HTTP",
-    "--config": "vllm_gpu_extra_args itself: a file could set any other option unseen",
-    "--ssl-keyfile": "a proxy in front of the server for TLS: its health is asked for by HTTP",
-    "--ssl-certfile": "a proxy in front of the server for TLS: its health is asked for by HTTP",
-    "--root-path": "a proxy in front of the server for another path",
+    "--model": "Use vllm_gpu_model",
+    "--host": "Use vllm_gpu_bind_address",
+    "--port": "Use vllm_gpu_port",
+    "--uds": "Use vllm_gpu_bind_address and vllm_gpu_port",
+    "--gpu-memory-utilization": "Use vllm_gpu_memory_utilization",
+    "--api-key": "Use vllm_gpu_api_key: everybody can see the arguments of a process",
+    "--hf-token": "Use vllm_gpu_hf_token: everybody can see the arguments of a process",
+    "--download-dir": "Use vllm_gpu_hf_cache",
+    "--headless": "Remove it: the server is proven by its API",
+    "--grpc": "Remove it: the server is proven by its HTTP API",
+    "--config": "Use vllm_gpu_extra_args itself: a file could set any option unseen",
+    "--ssl-keyfile": "Use a proxy in front of the server for TLS: the health check uses HTTP",
+    "--ssl-certfile": "Use a proxy in front of the server for TLS: the health check uses HTTP",
+    "--root-path": "Use a proxy in front of the server for another path",
 }
-# What the API must list is read from this one.
-_NAMES = "--served-model-name"
-# These spread a model over several GPUs; the server is given one.
+_SERVED_NAME = "--served-model-name"
+# Options that spread a model over several GPUs, and their short forms.
 _ONE_GPU = {
     "--tensor-parallel-size": "-tp",
     "--pipeline-parallel-size": "-pp",
@@ -71,7 +70,7 @@ _ONE_GPU = {
     "--nnodes": "-n",
 }
 
-# Environment variables that would break what the role promises, and why.
+# Environment variables that are refused, and why.
 _CARD = "gpu_device_id alone decides which GPU the server gets"
 _MOUNTED = "it would move a cache off its mount; use vllm_gpu_hf_cache and vllm_gpu_compile_cache"
 _RESERVED: dict[str, str] = {
@@ -97,17 +96,17 @@ def forced(word: str) -> str:
 
 
 def secrets(wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys of .env whose values nobody may see."""
+    """Return the keys and values of .env that must never be shown."""
     return {key: str(value) for key, value in {**wanted["secrets"], **wanted["secret_env"]}.items()}
 
 
 def text(value: Any) -> str:
-    """Return what a variable says; one that is there without a value says nothing."""
+    """Return a variable's value as text; null is empty."""
     return "" if value is None else str(value)
 
 
 def env_keys(wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Return all keys of .env that the role decides, with their values."""
+    """Return all keys and values of .env that the role sets."""
     return {
         key: text(value)
         for key, value in {**wanted["env"], **wanted["server_env"], **secrets(wanted)}.items()
@@ -122,42 +121,42 @@ def weak_secrets(wanted: Mapping[str, Any]) -> Iterator[str]:
         if value and (len(value) < SHORTEST_SECRET or any(value in other for other in others)):
             yield (
                 f"{name} is shorter than {SHORTEST_SECRET} characters, or also appears in another setting (model, "
-                "image, path …), so that it can't be hidden. Give the right one; for an API key, a random one "
-                "such as `openssl rand -hex 24` prints."
+                "image, path …), so it can't be hidden. Use another one; for an API key, for example the output of "
+                "`openssl rand -hex 24`."
             )
 
 
 def words(extra_args: Any) -> list[str]:
-    """Return vllm_gpu_extra_args as the words that vLLM must get; a text is split as a shell would."""
+    """Return vllm_gpu_extra_args as a list; a text is split as a shell would."""
     if not isinstance(extra_args, str):
         found = [] if extra_args is None else extra_args
         if not isinstance(found, list) or not all(map(_is_word, found)):
             raise Problem(
-                f"vllm_gpu_extra_args is {json.dumps(found)}; it must be a list of texts and numbers, one word of "
-                "the command line an element, or one text. Write JSON and words such as true within quotes."
+                f"vllm_gpu_extra_args is {json.dumps(found)}; it must be a list of strings and numbers, one "
+                "command-line word per element, or one string. Quote JSON and words such as true."
             )
         return [str(word) for word in found]
     try:
         return shlex.split(extra_args)
     except ValueError as error:
         raise Problem(
-            f"vllm_gpu_extra_args can't be split into words ({error}). Give it as a list, one word an "
+            f"vllm_gpu_extra_args can't be split into words ({error}). Give it as a list, one word per "
             "element."
         ) from error
 
 
 def _is_word(value: Any) -> bool:
-    """Say whether a value is written in one way only: `true`, `null`, lists and dicts are not."""
+    """Return whether a value has only one spelling: `true`, `null`, lists and dicts have several."""
     return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def _is_one_line(text: str) -> bool:
-    """Say whether a line of .env can hold a text."""
+    """Return whether a line of .env can hold a text."""
     return not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text)
 
 
 def check(wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the values of the role's variables."""
+    """Yield the problems of the role's variables."""
     env = {key: text(value) for key, value in wanted["env"].items()}
     yield from _check_texts(env)
     yield from _check_directory(str(wanted["project_dir"]))
@@ -166,7 +165,7 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
         yield f"vllm_gpu_port is {env['VLLM_PORT']}; it must be a whole number from 1 to 65535."
     yield from _check_utilization(env["VLLM_GPU_MEMORY_UTILIZATION"])
     if env["VLLM_MODEL"].startswith("-"):
-        yield f"vllm_gpu_model is {env['VLLM_MODEL']}, which vLLM would take for an option."
+        yield f"vllm_gpu_model is {env['VLLM_MODEL']}, which vLLM would read as an option."
     for key in _CACHES:
         if not re.match(r"(/[^:]*|[A-Za-z0-9][\w.-]*)\Z", env[key]):
             yield (
@@ -180,8 +179,8 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
     for key, value in wanted["secrets"].items():
         if not re.match(r"[!-~]*\Z", str(value)):
             yield (
-                f"{VARIABLES[key]} has a blank, a line break or a character outside ASCII, which a header of HTTP "
-                "can't carry. Use letters, digits and punctuation."
+                f"{VARIABLES[key]} has a space, a line break or a non-ASCII character, which an HTTP header can't "
+                "hold. Use ASCII letters, digits and punctuation."
             )
     yield from weak_secrets(wanted)
     yield from _check_server_env(wanted)
@@ -190,7 +189,7 @@ def check(wanted: Mapping[str, Any]) -> Iterator[str]:
 def _check_texts(env: Mapping[str, str]) -> Iterator[str]:
     for key, value in env.items():
         if not value.strip() and key in VARIABLES and key not in _MAY_BE_EMPTY:
-            yield f"{VARIABLES[key]} is empty. Give it a value, or leave it out for its default."
+            yield f"{VARIABLES[key]} is empty. Give it a value, or remove it to use its default."
         if not _is_one_line(value):
             yield (
                 f"{VARIABLES.get(key, key)} has a line break or another control character, which .env can't hold. "
@@ -214,7 +213,7 @@ def _check_directory(path: str) -> Iterator[str]:
 
 
 def _check_address(address: str) -> Iterator[str]:
-    # Compose wants IPv6 in brackets, and Docker takes no zone.
+    # Compose needs IPv6 in brackets, and Docker takes no zone.
     bare = address[1:-1] if re.match(r"\[[^]]*:[^]]*\]\Z", address) else address
     try:
         if "%" in bare:
@@ -230,32 +229,29 @@ def _check_address(address: str) -> Iterator[str]:
 
 
 def _check_utilization(text: str) -> Iterator[str]:
-    # As people write it: float() takes blanks and figures of other scripts, too.
+    # float() would also accept spaces and digits of other scripts.
     if not re.match(r"(0?\.[0-9]+|[01](\.[0-9]*)?|[0-9.]+[eE]-[0-9]+)\Z", text) or not 0 < float(text) <= 1:
         yield f"vllm_gpu_memory_utilization is {text}; it must be a number above 0 and up to 1, such as 0.90."
 
 
 def _check_options(arguments: Sequence[str]) -> Iterator[str]:
     if arguments and not arguments[0].startswith("-"):
-        yield f"vllm_gpu_extra_args begins with {arguments[0]}, which is no option. Write the option before it."
+        yield f"vllm_gpu_extra_args starts with {arguments[0]}, which is not an option. Put the option before it."
     for position, word in enumerate(arguments):
         name, _is, value = word.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
         for own, instead in _OWN_OPTIONS.items():
-            # vLLM's parser takes an option's beginning for the whole of it where that is clear.
+            # vLLM accepts unambiguous abbreviations of an option.
             if len(name) > 2 and own.startswith(name):
-                yield f"vllm_gpu_extra_args has {name}, which is the role's own. Use {instead}."
-        if len(name) > 2 and _NAMES.startswith(name) and name != _NAMES:
-            yield f"vllm_gpu_extra_args has {name}. Write {_NAMES} in full: the role checks what it names."
+                yield f"vllm_gpu_extra_args has {name}, which the role sets itself. {instead}."
+        if len(name) > 2 and _SERVED_NAME.startswith(name) and name != _SERVED_NAME:
+            yield f"vllm_gpu_extra_args has {name}. Write {_SERVED_NAME} in full, as the role reads it."
         for spread, short in _ONE_GPU.items():
-            close = re.match(short + r"([0-9]+)\Z", word)
-            if name == short or close or (len(name) > 2 and spread.startswith(name)):
-                following = close.group(1) if close else value or [*arguments[position + 1 :], ""][0]
-                if following != "1":
-                    yield (
-                        f"vllm_gpu_extra_args has {name}: the server gets exactly one GPU, so that only 1 is "
-                        "possible."
-                    )
+            joined = re.match(short + r"([0-9]+)\Z", word)
+            if name == short or joined or (len(name) > 2 and spread.startswith(name)):
+                count = joined.group(1) if joined else value or [*arguments[position + 1 :], ""][0]
+                if count != "1":
+                    yield f"vllm_gpu_extra_args has {name}: the server gets exactly one GPU, so only 1 is possible."
                 break
 
 
@@ -275,21 +271,21 @@ def _check_server_env(wanted: Mapping[str, Any]) -> Iterator[str]:
 
 def _name_problem(key: str, compose_file: str) -> str | None:
     if not re.match(r"[A-Za-z_][A-Za-z0-9_]*\Z", key):
-        return ", which is no name of an environment variable."
+        return ", which is not a valid name of an environment variable."
     if key in _RESERVED:
         return f": {_RESERVED[key]}."
     if key in VARIABLES:
         return f". Use {VARIABLES[key]}, which sets it."
     if key in re.findall(r"\$\{(\w+)", compose_file):
-        return ", which the compose file reads for itself and doesn't pass on."
+        return ", which the compose file uses itself and doesn't pass on."
     if re.match("COMPOSE_|DOCKER_", key):
-        return ", which Compose would take for a setting of its own."
+        return ", which Compose would read as one of its own settings."
     return None
 
 
 def _value_problem(value: Any) -> str | None:
     if not _is_word(value):
-        return ", whose value is no text. Write it within quotes."
+        return ", whose value is not text. Quote it."
     if not _is_one_line(str(value)):
         return ", whose value has a line break or another control character, which .env can't hold."
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Run a command without a shell, and never for ever."""
+"""Run a command without a shell and with a time limit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import resource
 import subprocess
 from typing import IO, Mapping, NamedTuple, Sequence
 
-# The engine of this very host, wherever the user's environment or Docker context
-# points: the cards that nvidia-smi lists are of no other. The role's tasks that
-# call docker have the same from vars/main/engine.yml.
+# The Docker Engine of this host, which has the cards that nvidia-smi lists, wherever the user's
+# environment or Docker context points. vars/main/engine.yml has the same for the role's tasks.
 ENGINE = {
     "DOCKER_HOST": "unix:///var/run/docker.sock",
     "DOCKER_CONTEXT": "",
@@ -19,18 +18,18 @@ ENGINE = {
     "DOCKER_TLS_VERIFY": "",
 }
 
-# One call of the docker CLI; seconds. An engine that takes longer is stuck.
+# Of one call of docker; seconds.
 TIMEOUT = 20
-# What a command may print; bytes. None of those here prints a hundredth of it.
+# The most that a command may print; bytes.
 LONGEST = 32 * 2**20
 
 
-class Problem(Exception):  # noqa: N818 - it is a finding, for a person
-    """A reason not to touch the host, with its cure, as one text for a person."""
+class Problem(Exception):  # noqa: N818 - it is a finding for the operator
+    """Why the host must not be changed, and how to fix that."""
 
 
 class Output(NamedTuple):
-    """What a command left behind; `code` is None when it ran into its time limit."""
+    """What a command printed; `code` is None where it hit its time limit."""
 
     code: int | None
     out: str
@@ -40,13 +39,13 @@ class Output(NamedTuple):
 def run(
     argv: Sequence[str], stdin: bytes = b"", env: Mapping[str, str] | None = None, timeout: float = TIMEOUT
 ) -> Output:
-    """Run `argv` without a shell, for at most `timeout` seconds, with the host's own engine for docker.
+    """Run `argv` for at most `timeout` seconds, with the host's own Docker Engine.
 
-    What it prints goes to memory, not through pipes: a grandchild that holds a pipe open
-    can't keep us waiting, and the kernel ends a program that prints without end.
+    Output goes to memory, not through pipes: a grandchild that holds a pipe open can't block this, and
+    the kernel kills a program that prints without end.
     """
     env = dict(os.environ if env is None else env, **ENGINE)
-    with _memory(stdin) as given, _memory() as out, _memory() as err:
+    with memory_file(stdin) as given, memory_file() as out, memory_file() as err:
         try:
             process = subprocess.Popen(
                 argv,
@@ -62,7 +61,7 @@ def run(
             code: int | None = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
-            # One that is stuck in the kernel survives even that.
+            # A process that is stuck in the kernel survives even that.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
             code = None
@@ -75,7 +74,7 @@ def run(
     return Output(code, texts[0], texts[1].strip())
 
 
-def _memory(content: bytes = b"") -> IO[bytes]:
+def memory_file(content: bytes = b"") -> IO[bytes]:
     """Return an open file that never touches the disk."""
     stream = os.fdopen(os.memfd_create("vllm_gpu"), "w+b")
     stream.write(content)

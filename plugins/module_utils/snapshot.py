@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Keep what a change may touch as it was found, to be put back (restoration.py) when the change fails.
+"""Keep what a change may touch, so that it can be restored (restoration.py) when the change fails.
 
-What is kept: the files of the service (bytes, mode, owner, group and time; absence; a
-link as a link), the meaning of each image's name, and the container, by all that the
-engine knows of it, so that it can be made again whoever made it. It holds secrets, as
-`.proven` does, where it is kept, so only root can read it. It outlives a reboot, which
-may come in the middle of a change, but not the change: what exists is of one that
-hasn't ended.
+That is the service's files (content, mode, owner and time, absence, links), the ids of the images'
+names, and all that `docker inspect` shows of the container, so that it can be created again. It holds
+secrets, so only root can read it. The file exists until the end of a change, also across a reboot.
 """
 
 from __future__ import annotations
@@ -21,64 +18,61 @@ import time
 from typing import Any, Mapping, Sequence
 
 from . import atomic, container, docker, engine, paths, record, trust
-from .container import (
-    PROJECT,
-    PROJECT_LABEL,
-)
+from .container import PROJECT, PROJECT_LABEL
 from .shell import Problem
 
-# Of what is kept; bytes. Each file in it has a limit of its own.
+# Of a snapshot; bytes.
 _LARGEST = 16 << 20
-# All that a change may write in the project's directory, besides `.proven`.
+# The files that a change may write, besides `.proven`.
 FILES = (paths.COMPOSE_FILE, paths.ENV_FILE, paths.REFEREE)
-# All that is kept, by its name.
-_KEPT = {
+# The keys of a snapshot.
+_KEYS = {
     *("project_dir", "taken_at", "interrupted", "missing", "files", "links", "images", "container"),
     *("networks", "volumes", "proven"),
 }
 
 
 def path_in(project_dir: str) -> str:
-    """Return where it is kept."""
+    """Return the path of the snapshot."""
     return os.path.join(project_dir, paths.PROVEN, paths.BEFORE)
 
 
 def load(project_dir: str) -> dict[str, Any] | None:
-    """Return what the change that hasn't ended has kept, or None."""
+    """Return the snapshot of the change that hasn't ended, or None."""
     path = path_in(project_dir)
     found = trust.read(path, _LARGEST)
     if found is None:
         return None
     try:
-        kept = dict(json.loads(found.content))
-        if not kept.keys() >= _KEPT:
+        saved = dict(json.loads(found.content))
+        if not saved.keys() >= _KEYS:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise Problem(
-            f"{path}, which says how this host was before a change that was interrupted, can't be read. Remove it with "
-            f"`rm {path}`; then the host counts as it is now."
+            f"{path}, the snapshot of this host before an interrupted change, can't be read. Remove it with `rm {path}`; "
+            "the next change then starts from the host as it is now."
         ) from error
-    return kept
+    return saved
 
 
-def save(kept: Mapping[str, Any]) -> None:
-    """Write down what is kept, for root's eyes only."""
-    path = path_in(kept["project_dir"])
-    os.makedirs(os.path.dirname(kept["project_dir"]), mode=0o755, exist_ok=True)
-    os.makedirs(kept["project_dir"], mode=0o755, exist_ok=True)
+def save(saved: Mapping[str, Any]) -> None:
+    """Write the snapshot, which only root can read."""
+    path = path_in(saved["project_dir"])
+    os.makedirs(os.path.dirname(saved["project_dir"]), mode=0o755, exist_ok=True)
+    os.makedirs(saved["project_dir"], mode=0o755, exist_ok=True)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     trust.check(path)
-    atomic.write(path, json.dumps(kept).encode(), 0o600)
+    atomic.write(path, json.dumps(saved).encode(), 0o600)
 
 
 def drop(project_dir: str) -> list[str]:
-    """Forget what was kept; return the directories that it was kept in and that are empty without it."""
-    kept = load(project_dir)
-    if kept is None:
+    """Remove the snapshot; return the directories that existed only for it, and are removed as well."""
+    saved = load(project_dir)
+    if saved is None:
         return []
     os.unlink(path_in(project_dir))
     removed = []
-    for directory in sorted(kept["missing"], key=len, reverse=True):
+    for directory in sorted(saved["missing"], key=len, reverse=True):
         with contextlib.suppress(OSError):
             os.rmdir(directory)
             removed.append(directory)
@@ -86,17 +80,16 @@ def drop(project_dir: str) -> list[str]:
 
 
 def take(project_dir: str, images: Sequence[str], *, proven: bool) -> dict[str, Any]:
-    """Keep the files, what the `images` mean, and the container, and return it all; nothing is written yet.
+    """Return a snapshot of the files, the `images` and the container; nothing is written yet.
 
-    A play that was killed in the middle of its change has left what it had kept: that
-    is how the host was, and stays; only what it didn't know of is added. `proven`
-    says that the server that runs is good by itself.
+    The snapshot of a killed play stays, with only what it lacks added, as the host was complete then.
+    `proven` means that the running server is good as it is.
     """
     found = dict(_as_found(project_dir, images), proven=proven)
     older = load(project_dir)
     if older is not None and not _over(older, found, proven=proven):
         edited = _edited(older, found)
-        found["files"].update({path: one for path, one in older["files"].items() if path not in edited})
+        found["files"].update({path: file for path, file in older["files"].items() if path not in edited})
         for kind in ("links", "images"):
             found[kind].update(older[kind])
         missing = set(older["missing"] + found["missing"])
@@ -106,13 +99,13 @@ def take(project_dir: str, images: Sequence[str], *, proven: bool) -> dict[str, 
 
 
 def note_written(project_dir: str, contents: Mapping[str, bytes]) -> None:
-    """Keep what a change is about to write, so that it can be told from what people write after it was killed."""
-    kept = load(project_dir)
-    if kept is None:
+    """Note what a change is about to write, to tell it from what people write after the change was killed."""
+    saved = load(project_dir)
+    if saved is None:
         return
     for path, content in contents.items():
-        kept.setdefault("written", {}).setdefault(path, []).append(_digest(content))
-    save(kept)
+        saved.setdefault("written", {}).setdefault(path, []).append(_digest(content))
+    save(saved)
 
 
 def _digest(content: bytes) -> str:
@@ -120,7 +113,7 @@ def _digest(content: bytes) -> str:
 
 
 def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return the files that somebody has edited since the change that kept `older` was interrupted."""
+    """Return the files that somebody has edited since the interrupted change took the snapshot `older`."""
     return [
         path
         for path, before in older["files"].items()
@@ -131,19 +124,19 @@ def _edited(older: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 
 def _over(older: Mapping[str, Any], found: Mapping[str, Any], *, proven: bool) -> bool:
-    """Say whether the change that kept `older` has come to its end all the same.
+    """Return whether the change of the snapshot `older` was completed all the same.
 
-    It has where something was recorded since, and where another server than before
-    it was proven: that one is what a failure must go back to.
+    It was where something was recorded since, or where another server than before is proven: a
+    failure must restore that one.
     """
     if any(older["links"].get(path, target) != target for path, target in found["links"].items()):
         return True
     return proven and container_id(older) != container_id(found)
 
 
-def container_id(kept: Mapping[str, Any]) -> str | None:
-    """Return the id of the container that is kept."""
-    return kept["container"]["Id"] if kept["container"] else None
+def container_id(saved: Mapping[str, Any]) -> str | None:
+    """Return the id of the container in a snapshot."""
+    return saved["container"]["Id"] if saved["container"] else None
 
 
 def _as_found(project_dir: str, images: Sequence[str]) -> dict[str, Any]:
@@ -170,14 +163,14 @@ def _as_found(project_dir: str, images: Sequence[str]) -> dict[str, Any]:
 
 
 def _missing(directory: str) -> list[str]:
-    """Return the directories on the way to `directory`, itself included, that don't exist."""
+    """Return which of `directory` and its parents don't exist."""
     if os.path.lexists(directory):
         return []
     return [*_missing(os.path.dirname(directory)), directory]
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Return a file as it is."""
+    """Return a file's content and attributes."""
     link = os.readlink(path) if os.path.islink(path) else None
     found = trust.read(path)
     if found is None:
@@ -210,9 +203,9 @@ def volumes() -> list[str]:
     return sorted((docker.ask(["volume", "ls", "--quiet", "--filter", label]) or "").split())
 
 
-def obstacles(kept: Mapping[str, Any]) -> list[str]:
-    """Say why the container that is kept could not be made again."""
-    before = kept["container"]
+def obstacles(saved: Mapping[str, Any]) -> list[str]:
+    """Return why the container in a snapshot could not be created again."""
+    before = saved["container"]
     if before is None:
         return []
     host, found = before["HostConfig"], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read only what nobody could have planted: files that root, or the user whom Ansible becomes, alone can change."""
+"""Read only files that nobody but root, or the user whom Ansible becomes, can change."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from typing import NamedTuple
 
 from .shell import Problem
 
-# The largest file of the service that is read; they have some kilobytes.
+# The largest file of the service that is read; bytes.
 LARGEST = 1 << 20
-# As many links in a row as Linux itself follows.
+# As many links as Linux itself follows.
 _MOST_LINKS = 40
 
 
 class Found(NamedTuple):
-    """A file as it was found."""
+    """A file's content and status."""
 
     content: bytes
     status: os.stat_result
 
 
 def check(path: str) -> str:
-    """Return where `path` leads to, each link on the way resolved.
+    """Return `path` with all links resolved; it need not exist.
 
-    Raises Problem, with the cure, where anybody else could change it, or a
-    directory or link on the way to it. What doesn't exist can't be planted yet.
+    Raises Problem, with the fix, where somebody else could change it, or a directory or link on the way.
     """
     at, sticky, left, links = "/", False, _parts(os.path.abspath(path)), 0
     _check_entry(at, os.lstat(at))
@@ -41,7 +40,7 @@ def check(path: str) -> str:
         except OSError as error:
             raise Problem(unreadable(path, error)) from error
         if stat.S_ISLNK(status.st_mode):
-            # Only its owner can replace it: the directory that it is in was checked.
+            # In a sticky directory, its owner could replace it.
             if sticky and status.st_uid not in _trusted():
                 raise Problem(_planted(at, status))
             links += 1
@@ -56,9 +55,9 @@ def check(path: str) -> str:
 
 
 def read(path: str, largest: int = LARGEST) -> Found | None:
-    """Return the regular file at `path`, or None where there is none; Problem for what can't be trusted."""
+    """Return the regular file at `path`, or None; raise Problem for what can't be trusted."""
     try:
-        # What is no file, such as a FIFO, must not make the play wait.
+        # Opening a FIFO must not block.
         descriptor = os.open(check(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -71,14 +70,12 @@ def read(path: str, largest: int = LARGEST) -> Found | None:
     with os.fdopen(descriptor, "rb") as stream:
         content = stream.read(largest + 1)
     if len(content) > largest:
-        raise Problem(
-            f"{path} is larger than {largest >> 20} MiB, too large for what it should be. Move it away."
-        )
+        raise Problem(f"{path} is larger than {largest >> 20} MiB, too large for its purpose. Move it away.")
     return Found(content, status)
 
 
 def unreadable(path: str, error: OSError) -> str:
-    """Return the message about a file that is there and can't be read."""
+    """Return the message about a file that exists and can't be read."""
     return f"{path} can't be read: {error.strerror}. Make it a readable file, or move it away."
 
 
@@ -93,7 +90,7 @@ def _trusted() -> tuple[int, int]:
 def _check_entry(path: str, status: os.stat_result) -> None:
     """Raise Problem where somebody else could change what is at `path`."""
     mode = status.st_mode
-    # In a sticky directory, such as /tmp, nobody can replace what is another's.
+    # In a sticky directory, such as /tmp, nobody can replace another user's file.
     sticky = stat.S_ISDIR(mode) and bool(mode & stat.S_ISVTX)
     group = mode & stat.S_IWGRP and (status.st_gid != 0 or _has_acl(path))
     if status.st_uid not in _trusted() or ((group or mode & stat.S_IWOTH) and not sticky):
@@ -101,7 +98,7 @@ def _check_entry(path: str, status: os.stat_result) -> None:
 
 
 def _has_acl(path: str) -> bool:
-    """Whether others than owner and group are named; the group's write bit then stands for them as well."""
+    """Return whether there is an ACL: the group's write bit may then mean other users."""
     try:
         return "system.posix_acl_access" in os.listxattr(path)
     except OSError:
@@ -117,6 +114,5 @@ def _planted(path: str, status: os.stat_result) -> str:
     )
     return (
         f"{path} (owner {status.st_uid}, group {status.st_gid}, mode {stat.S_IMODE(status.st_mode):04o}) can be changed "
-        "by others than root, so what it says can't be trusted. Check that it is what it should be, and run: "
-        + cure
+        "by others than root, so it can't be trusted. Check its content, then run: " + cure
     )

@@ -9,9 +9,9 @@ module: server_files
 short_description: Write the compose file, .env and the referee of the vLLM service
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - Writes the three files of the service where they differ, each one whole or not at all.
-  - Removes what plays that were killed have left in the directory.
-  - An existing C(.env) keeps every key, comment and byte that the role doesn't decide.
+  - Writes the three files of the service where they differ, each one completely or not at all.
+  - Removes what killed plays left in the directory.
+  - An existing C(.env) keeps every byte but the keys that the role sets.
   - No secret shows in the result or in the diff.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.wanted
@@ -19,12 +19,8 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 attributes:
-  check_mode:
-    description: Writes nothing and says what it would write.
-    support: full
-  diff_mode:
-    description: Shows what changes; of C(.env) only the keys that the role decides, secrets hidden.
-    support: full
+  check_mode: {support: full, description: Writes nothing and returns what it would write.}
+  diff_mode: {support: full, description: "Shows the changes; of C(.env) only the keys that the role sets, with secrets hidden."}
 """
 
 EXAMPLES = r"""
@@ -34,13 +30,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-written:
-  description: Paths of the files that were, or in check mode would be, written.
-  returned: always
-  type: list
-  elements: str
+written: {returned: always, type: list, elements: str, description: "Files that were written, or would be in check mode."}
 removed:
-  description: Paths of what killed plays had left, that were, or in check mode would be, removed.
+  description: Leftovers of killed plays that were removed, or would be in check mode.
   returned: always
   type: list
   elements: str
@@ -69,11 +61,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Proble
 
 
 def shown(change: files.FileChange, content: bytes, wanted: Mapping[str, Any]) -> str:
-    """Return what a diff may show of `content`.
-
-    Of `.env` that is each key's line, the value only where the role decides it
-    and it is no secret: comments and other keys may hold anything.
-    """
+    """Return what a diff may show of `content`: of `.env` all keys, but only the values that the role sets."""
     if change.path.endswith("/" + paths.REFEREE):
         return f"(the referee, {len(content.splitlines())} lines)\n"
     if not change.path.endswith("/" + paths.ENV_FILE):
@@ -88,7 +76,7 @@ def shown(change: files.FileChange, content: bytes, wanted: Mapping[str, Any]) -
 
 
 def secrets_of(changes: Sequence[files.FileChange], wanted: Mapping[str, Any]) -> set[str]:
-    """Return what no diff may show: also what somebody has written into the compose file itself."""
+    """Return what no diff may show, which may also be in the compose file itself."""
     found = outgoing.known(wanted["project_dir"], settings.secrets(wanted))
     found.update(outgoing.secret_values(wanted["server_env"]))
     with contextlib.suppress(Problem):
@@ -134,7 +122,7 @@ def main() -> None:
             os.makedirs(directory, mode=0o755, exist_ok=True)
             leftovers.remove(found)
             snapshot.note_written(directory, {change.path: change.after for change in changes})
-            # The referee first: it tells that the directory is the role's.
+            # The referee first: it marks the directory as the role's.
             for change in reversed(changes):
                 atomic.write(change.path, change.after, change.mode)
     module.exit_json(

@@ -1,6 +1,6 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: MIT
-"""Ansible module: one read-only look at a host's GPUs, files and vLLM server."""
+"""Ansible module: read a host's GPUs, files and vLLM server."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ module: server_info
 short_description: Read a host's GPUs and vLLM server, and compare them with what is wanted
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - Takes one look at the GPUs, the files of the service, its container and its API,
-    compares them with what is wanted, and says what would change. Writes nothing.
-  - Runs the referee, C(check_gpu_allocation.sh), which alone judges where the server is.
+  - Reads the GPUs, the files of the service, its container and its API, compares them with what is wanted, and
+    returns what would change. Writes nothing.
+  - Runs the referee, C(check_gpu_allocation.sh), which alone judges which GPUs the server is on.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.read
   - mlops.vllm_gpu.server.wanted
@@ -20,33 +20,21 @@ author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
   as_previous:
-    description:
-      - Judge by the files of the previous proven state, to which playbooks/rollback.yml goes back.
+    description: Judge by the files of the previous proven state, which playbooks/rollback.yml restores.
     type: bool
     default: false
   preflight:
-    description:
-      - Where the server is not proven, also check everything that a change needs (engine, free memory,
-        port, disk and so on), and add what is wrong to RV(problems).
+    description: Where the server is not proven, also check all that a change needs; RV(problems) has the result.
     type: bool
     default: false
-  training_gpus:
-    description: Ids of the GPUs that are set aside for training.
-    type: list
-    elements: str
-    default: []
+  training_gpus: {type: list, elements: str, default: [], description: Ids of the GPUs that are set aside for training.}
   waiting:
-    description: Whether the play only waits, with a look every few seconds, so that a short lease will do.
+    description: Whether the play only waits and reads the host every few seconds, so that a short lease is enough.
     type: bool
     default: false
-  log_lines:
-    description: How many of the last lines of the container's log to return.
-    type: int
-    default: 0
+  log_lines: {type: int, default: 0, description: How many of the last lines of the container's log to return.}
 attributes:
-  check_mode:
-    description: Only reads, in every mode.
-    support: full
+  check_mode: {support: full, description: "Only reads, in every mode."}
 """
 
 EXAMPLES = r"""
@@ -58,104 +46,41 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-problems:
-  description: Reasons not to change anything, each with its cure.
-  returned: always
-  type: list
-  elements: str
-gpus:
-  description: The host's GPUs, as the referee reads them.
-  returned: always
-  type: list
-  elements: dict
-gpu:
-  description: The GPU that C(gpu_device_id) names.
-  returned: always
-  type: dict
+problems: {returned: always, type: list, elements: str, description: "Reasons not to change anything, each with its fix."}
+gpus: {returned: always, type: list, elements: dict, description: "The host's GPUs, as the referee reads them."}
+gpu: {returned: always, type: dict, description: The GPU that C(gpu_device_id) names.}
 gpu_device_id:
-  description: Its id as the engine takes it, an index or a UUID; null where C(gpu_device_id) was not given or is refused.
+  description: Its index or UUID; null where C(gpu_device_id) was not given or is refused.
   returned: always
   type: str
-changes:
-  description: What would change, in short sentences.
-  returned: always
-  type: list
-  elements: str
-files_differ:
-  description: Whether a file of the service is not as wanted.
-  returned: always
-  type: bool
-recreate:
-  description: Whether the container is not the wanted one.
-  returned: always
-  type: bool
+changes: {returned: always, type: list, elements: str, description: "What would change, as short sentences."}
+files_differ: {returned: always, type: bool, description: Whether a file of the service differs.}
+recreate: {returned: always, type: bool, description: Whether the container differs.}
 action:
-  description: What brings the wanted server up, one of create, recreate, move, replace, wait and nothing.
+  description: What brings the server up (create, recreate, move, replace, wait or nothing).
   returned: always
   type: str
-image:
-  description: The image that the server runs from.
-  returned: always
-  type: str
-image_present:
-  description: Whether the engine has that image already.
-  returned: always
-  type: bool
+image: {returned: always, type: str, description: The image that the server runs from.}
+image_present: {returned: always, type: bool, description: Whether the Docker Engine has that image.}
 container:
   description: The server's container, without its environment; null where there is none.
   returned: always
   type: dict
-referee:
-  description: The referee's verdict.
-  returned: always
-  type: dict
-api:
-  description: The API's address, its models, and what is wrong with it (C(error)).
-  returned: always
-  type: dict
-last_proven:
-  description: The record of what was proven last; null where nothing was.
-  returned: always
-  type: dict
-recorded:
-  description: Whether that is what runs now.
-  returned: always
-  type: bool
-proof:
-  description: What is proven now, for M(mlops.vllm_gpu.server_record).
-  returned: always
-  type: dict
-doubts:
-  description: What keeps the server from being proven, the most basic reason first.
-  returned: always
-  type: list
-  elements: str
-notes:
-  description: What a person should know although it is no reason to doubt the server.
-  returned: always
-  type: list
-  elements: str
-unanswered:
-  description: Whether the Docker Engine gave no answer, as while it restarts.
-  returned: always
-  type: bool
-serving:
-  description: Whether the server that runs answers, by the settings that it was made from.
-  returned: always
-  type: bool
-project:
-  description: The Compose project that the wanted server belongs to.
-  returned: always
-  type: str
+referee: {returned: always, type: dict, description: The referee's verdict.}
+api: {returned: always, type: dict, description: "The API's address, its models, and what is wrong with it (C(error))."}
+last_proven: {returned: always, type: dict, description: "The record of the last proven state, or null."}
+recorded: {returned: always, type: bool, description: Whether that is what runs now.}
+proof: {returned: always, type: dict, description: "What is proven now, for M(mlops.vllm_gpu.server_record)."}
+doubts: {returned: always, type: list, elements: str, description: "Reasons why the server is not proven, the most basic first."}
+notes: {returned: always, type: list, elements: str, description: What the operator should know besides.}
+unanswered: {returned: always, type: bool, description: "Whether the Docker Engine did not answer, as during its restart."}
+serving: {returned: always, type: bool, description: Whether the running server answers where its own settings say.}
+project: {returned: always, type: str, description: The Compose project that the wanted server belongs to.}
 proven:
   description: Whether the wanted server runs, on the wanted GPU and no other, and answers.
   returned: always
   type: bool
-log:
-  description: The last lines of the container's log.
-  returned: always
-  type: list
-  elements: str
+log: {returned: always, type: list, elements: str, description: The last lines of the container's log.}
 """
 
 from typing import Any, Mapping
@@ -170,23 +95,23 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import WANTED_OPTIONS, invocation
 
-# Characters; a program may print megabytes without a line break.
+# The longest line that is returned; characters.
 _LINE = 2000
-# What programs and people of the host have written. The rest is ids and figures that the role goes on to use.
+# What programs and people have written. The rest is ids and figures that the role uses.
 _FOREIGN = ("problems", "doubts", "notes", "changes", "log", "api", "referee")
 
 
 def shown(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what may leave the host of a state."""
+    """Return a state without secrets and control characters."""
     secrets = outgoing.known(wanted["project_dir"], settings.secrets(wanted)) | state["secrets"]
     result = {key: outgoing.clean(value) for key, value in state.items() if key != "secrets"}
     result.update({key: outgoing.clean(state[key], secrets) for key in _FOREIGN})
-    # Not before secrets are hidden, of which half could be left.
+    # After hiding secrets: half of one could be left.
     result["log"] = [line[:_LINE] for line in result["log"]]
     result["api"]["error"] = result["api"]["error"] and result["api"]["error"][:_LINE]
     if result["container"]:
-        words = {key: outgoing.clean(state["container"][key], secrets) for key in ("error", "health_output")}
-        result["container"] = dict(result["container"], **words)
+        texts = {key: outgoing.clean(state["container"][key], secrets) for key in ("error", "health_output")}
+        result["container"] = dict(result["container"], **texts)
     return result
 
 

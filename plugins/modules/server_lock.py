@@ -9,34 +9,21 @@ module: server_lock
 short_description: Let one play at a time change the vLLM service of a host
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - Takes or gives back the host's lock. A play that holds it renews it with every read of the host.
-  - Where another play holds it and is alive, fails as soon as that is clear. Where that play was killed, its lock
-    runs out 90 s after its last step on the host at the latest, and this one waits for that.
+  - Takes or releases the host's lock. A play that holds it renews it with every read of the host.
+  - Fails where another play holds it and renews it. Waits where that play was killed; its lock expires 90 s after
+    its last step on the host at the latest.
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  state:
-    description: Whether to take the lock or to give it back.
-    type: str
-    choices: [held, released]
-    required: true
-  run:
-    description: The play that gives the lock back, or takes it again, as it was named when it took it.
-    type: str
+  state: {type: str, choices: [held, released], required: true, description: Whether to take or to release the lock.}
+  run: {type: str, description: "The play that releases the lock, or takes it again, as RV(run) named it."}
   again:
-    description: >-
-      Take it only if no other play has had it since O(run) had it, also where that one has ended: what there is to
-      put back would be written over the other play's server.
+    description: Take it only if no other play has had it since O(run), as restoring would overwrite that play's server.
     type: bool
     default: false
-  who:
-    description: Whom to name to others who want the lock.
-    type: str
-    default: another play
+  who: {type: str, default: another play, description: The name that other plays see.}
 attributes:
-  check_mode:
-    description: Takes nothing.
-    support: full
+  check_mode: {support: full, description: Takes nothing.}
 """
 
 EXAMPLES = r"""
@@ -47,18 +34,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-run:
-  description: What names the play that holds the lock.
-  returned: always
-  type: str
-held_by:
-  description: Who holds the lock.
-  returned: when another play does, or has had it since
-  type: str
-waited:
-  description: Seconds waited for the lock of a play that was killed.
-  returned: always
-  type: int
+run: {returned: always, type: str, description: The name of the play that holds the lock.}
+held_by: {returned: when another play does, or has had it since, type: str, description: Who holds the lock.}
+waited: {returned: always, type: int, description: Seconds waited for the lock of a play that was killed.}
 """
 
 import time
@@ -67,9 +45,9 @@ import uuid
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import lock
 
-# After how many renewals the holder counts as alive.
+# After more renewals than this, the holder counts as alive: the last step of a killed play may end in one.
 _ALIVE = 2
-# How long a single step of another play may go on, its container's grace period included; seconds.
+# How long a single step of another play may take, with its container's grace period; seconds.
 _LONGEST_STEP = 1200
 
 
@@ -93,8 +71,6 @@ def main() -> None:
         lock.release(run)
         module.exit_json(changed=False, run=run, waited=0)
     started = time.monotonic()
-    # One more renewal may still come from a play that was killed: its last
-    # step on the host runs to its end.
     seen: set[tuple[str, float]] = set()
     while True:
         try:
@@ -126,7 +102,7 @@ def main() -> None:
                 held_by=who,
                 msg=(
                     f"{who} has held this host's lock for {_LONGEST_STEP} s in one step. `fuser -v {lock.PATH}` on "
-                    "the host names its process: end it if nothing comes of it, and run this play again."
+                    "the host shows its process: end it if it is stuck, and run this play again."
                 ),
             )
         time.sleep(0.5)

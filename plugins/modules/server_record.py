@@ -1,19 +1,18 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: MIT
-"""Ansible module: keep the proven state of a host, or put one back."""
+"""Ansible module: save the proven state of a host, or restore one."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_record
-short_description: Keep the proven state of the vLLM service, or put one back
+short_description: Save the proven state of the vLLM service, or restore one
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - With O(state=saved), keeps the compose file and C(.env) as they are, with the record of what they
-    proved, as the current proven state; the one before becomes the previous one. Files that somebody has edited
-    since the server was made from them prove nothing, and are not kept.
-  - With O(state=restored), puts the files of the previous proven state back byte for byte, and its image's name
-    back on its image. Starts nothing.
+  - With O(state=saved), saves the compose file, C(.env) and the record of what was proven as the current proven
+    state; the one before becomes the previous one. Files that were edited after the server was created from them
+    prove nothing, and are not saved.
+  - With O(state=restored), restores the files of the previous proven state, and the name of its image. Starts nothing.
   - The record holds no secret.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.project_dir
@@ -21,18 +20,10 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  state:
-    description: Whether to keep or to put back.
-    type: str
-    choices: [saved, restored]
-    required: true
-  proof:
-    description: What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved).
-    type: dict
+  state: {type: str, choices: [saved, restored], required: true, description: Whether to save or to restore.}
+  proof: {type: dict, description: "What was proven, as M(mlops.vllm_gpu.server_info) returns it; for O(state=saved)."}
 attributes:
-  check_mode:
-    description: Writes nothing and says what it would do.
-    support: full
+  check_mode: {support: full, description: Writes nothing and returns what it would do.}
 """
 
 EXAMPLES = r"""
@@ -44,19 +35,9 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-found:
-  description: Whether a proven state was kept, or was there to put back.
-  returned: always
-  type: bool
-record:
-  description: The record of the state that was kept or put back.
-  returned: always
-  type: dict
-restored:
-  description: Paths of the files that were put back.
-  returned: always
-  type: list
-  elements: str
+found: {returned: always, type: bool, description: "Whether a proven state was saved, or existed."}
+record: {returned: always, type: dict, description: The record of the saved or restored state.}
+restored: {returned: always, type: list, elements: str, description: Paths of the restored files.}
 """
 
 import os
@@ -87,23 +68,23 @@ def image_digests(image: str) -> list[str]:
 
 
 def save(module: AnsibleModule, directory: str, proof: dict[str, Any]) -> dict[str, Any]:
-    """Keep the files as they are, with the record."""
+    """Save the installed files with the record."""
     contents = {os.path.basename(file.path): file.after for file in files.installed(directory)}
-    made = dict(proof, image_digests=image_digests(proof["image_id"]))
-    # Later reads rely on its being that of these very files.
+    saved = dict(proof, image_digests=image_digests(proof["image_id"]))
+    # Later reads rely on the hash being that of these very files.
     project = dotenv.values(contents[paths.ENV_FILE]).get("COMPOSE_PROJECT_NAME") or ""
     if compose.config_hash(contents, directory, project) != proof["config_hash"]:
         return {"changed": False, "found": False, "record": {}, "restored": []}
-    made["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    saved["proven_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if not module.check_mode:
         last = record.load(directory, "current")
         again = last is not None and all(last.record.get(key) == value for key, value in proof.items())
-        record.save(directory, contents, made, again=again)
-    return {"changed": True, "found": True, "record": made, "restored": []}
+        record.save(directory, contents, saved, again=again)
+    return {"changed": True, "found": True, "record": saved, "restored": []}
 
 
 def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
-    """Give the proven image its name back where another one has it; say whether that was so."""
+    """Restore the name of the proven image; return whether another image had it."""
     image, wanted = proven.record["image"], proven.record["image_id"]
     if container.image_id(image) == wanted:
         return False
@@ -111,13 +92,13 @@ def restore_image(module: AnsibleModule, proven: record.Proven) -> bool:
         tagged = docker.run(["image", "tag", wanted, image])
         if tagged.code != 0:
             raise Problem(
-                f"The image that {image} was proven with ({wanted}) can't be given its name back: {tagged.err}"
+                f"The name {image} can't be restored to the image that was proven, {wanted}: {tagged.err}"
             )
     return True
 
 
 def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) -> list[str]:
-    """Put the compose file and `.env` back byte for byte; return which ones had changed."""
+    """Restore the compose file and `.env`; return which ones had changed."""
     restored = []
     if not module.check_mode:
         contents = {os.path.join(directory, name): content for name, content in proven.files.items()}
@@ -133,11 +114,11 @@ def restore_files(module: AnsibleModule, directory: str, proven: record.Proven) 
 
 
 def restore(module: AnsibleModule, directory: str) -> dict[str, Any]:
-    """Put the previous files back, and the image's name on the image that was proven."""
+    """Restore the previous files and the name of their image."""
     proven = record.load(directory, "previous")
     if proven is None or not {paths.COMPOSE_FILE, paths.ENV_FILE} <= set(proven.files):
         return {"changed": False, "found": False, "record": {}, "restored": []}
-    # What can't be started again isn't put back.
+    # First, as it may fail: without the image, the files are of no use.
     moved = restore_image(module, proven)
     restored = restore_files(module, directory, proven)
     return {

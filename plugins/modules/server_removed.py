@@ -21,19 +21,14 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  files:
-    description: Whether to remove the files of the service, too.
-    type: bool
-    default: false
+  files: {type: bool, default: false, description: Whether to remove the files of the service as well.}
   keys:
     description: The keys of C(.env) that are the role's, to be removed with O(files).
     type: list
     elements: str
     default: []
 attributes:
-  check_mode:
-    description: Removes nothing and says what it would remove.
-    support: full
+  check_mode: {support: full, description: Removes nothing and returns what it would remove.}
 """
 
 EXAMPLES = r"""
@@ -44,19 +39,16 @@ EXAMPLES = r"""
 
 RETURN = r"""
 removed:
-  description: The container, and the paths, that were or in check mode would be removed.
+  description: The container and the paths that were removed, or would be in check mode.
   returned: always
   type: list
   elements: str
 kept:
-  description: What stays, such as volumes, the image, and keys of C(.env) that are not the role's.
+  description: What stays, such as volumes, the image, and the user's keys in C(.env).
   returned: always
   type: list
   elements: str
-msg:
-  description: Both, as one text.
-  returned: always
-  type: str
+msg: {returned: always, type: str, description: "Both, as one text."}
 """
 
 import contextlib
@@ -86,21 +78,21 @@ def users_lines(content: bytes, keys: Iterable[str]) -> tuple[bytes, list[str]]:
 
 
 def used_keys(directory: str) -> set[str]:
-    """Return the keys of `.env` that the role's compose file uses, as it is and as it was proven."""
+    """Return the keys of `.env` that the installed and the proven compose file use."""
     places = (directory, os.path.join(directory, paths.PROVEN, "current"))
     contents = (files.read(os.path.join(place, paths.COMPOSE_FILE))[0] or b"" for place in places)
     return set().union(*map(compose.named, contents))
 
 
 def remove_env(directory: str, keys: Iterable[str], *, check_mode: bool) -> tuple[list[str], list[str]]:
-    """Remove `.env`, but for the keys that are the user's; return what was removed and what was kept."""
+    """Remove `.env` except for the user's keys; return what was removed and what was kept."""
     path = os.path.join(directory, paths.ENV_FILE)
     content = files.read(path)[0]
     if content is None:
         return [], []
     text, users = users_lines(content, keys)
     if not users:
-        # Of a link, also what it leads to: the secrets are there.
+        # Also the target of a link, which holds the secrets.
         gone = sorted({path, os.path.realpath(path)})
         if not check_mode:
             leftovers.remove(gone)
@@ -119,7 +111,7 @@ def service_files(directory: str) -> list[str]:
 
 
 def is_ours(directory: str) -> bool:
-    """Say whether the role has written to the directory: `.env` and a compose file alone may be anybody's."""
+    """Return whether the role has written to the directory; `.env` and a compose file alone may be anybody's."""
     marks = [os.path.join(directory, name) for name in (paths.REFEREE, paths.PROVEN)]
     return any(map(os.path.lexists, marks)) or bool(leftovers.leftovers(directory))
 
@@ -146,12 +138,12 @@ def remove(module: AnsibleModule) -> tuple[list[str], list[str]]:
     kept += users + [os.path.join(directory, name) for name in others]
     if not check_mode:
         with contextlib.suppress(OSError):
-            os.rmdir(directory)  # where nothing of the user's is in it
+            os.rmdir(directory)  # where it is empty
     return [*removed, *own, *gone], kept
 
 
 def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) -> str:
-    """Say what was, or would be, removed and kept."""
+    """Describe what was, or would be, removed and kept."""
     if not removed:
         return (
             "There was nothing to remove: no vLLM server is on this host, and no files of this role are in "
@@ -163,7 +155,7 @@ def message(module: AnsibleModule, removed: Sequence[str], kept: Sequence[str]) 
     if kept:
         text += f" {(would + 'kept').capitalize()}: {', '.join(dict.fromkeys(kept))}."
     if any(name.startswith("volume ") for name in kept) and not would:
-        text += " To remove a volume, too: docker volume rm NAME"
+        text += " To remove a volume as well: docker volume rm NAME"
     return text
 
 

@@ -1,53 +1,40 @@
 #!/usr/bin/python
 # SPDX-License-Identifier: MIT
-"""Ansible module: keep a host as it was found, and put it back."""
+"""Ansible module: take a snapshot of a host before a change, and restore it."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: server_snapshot
-short_description: Keep a host as it was found before a change, and put it back when the change fails
+short_description: Take a snapshot of a host before a change, and restore it when the change fails
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - With O(state=taken), keeps the files of the service, the meaning of its images' names, and all that the Docker
-    Engine knows of its container, in C(.proven), which only root can read. Refuses where the container could not be
-    made again. Where a change was interrupted, what that one had kept stays, as the host was whole then.
-  - With O(state=restored), puts it all back, and waits for a Docker Engine that is being restarted. Starts nothing.
+  - With O(state=taken), saves the files of the service, the ids of its images, and all that C(docker inspect) shows of
+    its container in C(.proven), which only root can read. Refuses where the container could not be created again.
+    The snapshot of an interrupted change stays, as the host was complete then.
+  - With O(state=restored), restores everything, and waits for a Docker Engine that is restarting. Starts nothing.
   - With O(state=started), starts the container where it ran before and doesn't now.
-  - With O(state=dropped), forgets what was kept.
+  - With O(state=dropped), removes the snapshot.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.project_dir
   - mlops.vllm_gpu.server.lock
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.2.0
 options:
-  state:
-    description: What to do.
-    type: str
-    choices: [taken, restored, started, dropped]
-    required: true
-  images:
-    description: Names of images whose meaning to keep, besides those of the container and of what was proven.
-    type: list
-    elements: str
-    default: []
-  proven:
-    description: Whether the server that runs is proven; for O(state=taken).
-    type: bool
-    default: false
+  state: {type: str, choices: [taken, restored, started, dropped], required: true, description: What to do.}
+  images: {type: list, elements: str, default: [], description: Names of more images whose ids to save.}
+  proven: {type: bool, default: false, description: Whether the running server is proven; for O(state=taken).}
   force:
-    description: Refusals to override; V(irreversible) lets a container be replaced that could not be made again.
+    description: V(irreversible) allows replacing a container that could not be created again.
     type: list
     elements: str
     default: []
 attributes:
-  check_mode:
-    description: Does nothing.
-    support: full
+  check_mode: {support: full, description: Does nothing.}
 """
 
 EXAMPLES = r"""
-- name: Keep the host as it is
+- name: Take a snapshot of the host
   mlops.vllm_gpu.server_snapshot:
     state: taken
     project_dir: /opt/vllm-gpu
@@ -56,36 +43,23 @@ EXAMPLES = r"""
 
 RETURN = r"""
 interrupted:
-  description: When the change was started whose end this host never saw, and whose beginning is gone back to; or empty.
+  description: When the interrupted change was started whose snapshot this is; or empty.
   returned: for O(state=taken) and O(state=restored)
   type: str
-restored:
-  description: What was put back.
-  returned: for O(state=restored)
-  type: list
-  elements: str
+restored: {returned: for O(state=restored), type: list, elements: str, description: What was restored.}
 removed:
-  description: What the change had made, and was removed.
+  description: What the change had created, and was removed.
   returned: for O(state=restored) and O(state=dropped)
   type: list
   elements: str
 volumes:
-  description: Volumes that the change has made, and that stay.
+  description: Volumes that the change has created, and that stay.
   returned: for O(state=restored)
   type: list
   elements: str
-existed:
-  description: Whether there was a container.
-  returned: for O(state=restored)
-  type: bool
-was_proven:
-  description: Whether the server was proven.
-  returned: for O(state=restored)
-  type: bool
-start:
-  description: Whether the container ran, and is to be started.
-  returned: for O(state=restored)
-  type: bool
+existed: {returned: for O(state=restored), type: bool, description: Whether there was a container.}
+was_proven: {returned: for O(state=restored), type: bool, description: Whether the server was proven.}
+start: {returned: for O(state=restored), type: bool, description: "Whether the container ran, and is to be started."}
 """
 
 import contextlib
@@ -96,77 +70,78 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker, lock
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.module import failing, hidden
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
-# How long a Docker Engine may be away, as for a restart; seconds.
+# How long to wait for a Docker Engine that restarts; seconds.
 _AWAY = 60
 
 
 def take(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the host as it is, unless it could not be put back."""
-    kept = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
-    reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(kept)
+    """Take a snapshot, unless it could not be restored."""
+    saved = snapshot.take(params["project_dir"], params["images"], proven=params["proven"])
+    reasons = [] if "irreversible" in params["force"] else snapshot.obstacles(saved)
     if reasons:
         raise Problem(
-            f"The server that is there could not be put back if the change failed: {', and '.join(reasons)}. To "
-            "replace it all the same, set vllm_gpu_force: [irreversible]."
+            f"The current server could not be restored if the change failed: {', and '.join(reasons)}. To "
+            "replace it anyway, set vllm_gpu_force: [irreversible]."
         )
     with lock.holding(params["lock"]):
-        snapshot.save(kept)
-    return {"changed": False, "interrupted": kept["interrupted"]}
+        snapshot.save(saved)
+    return {"changed": False, "interrupted": saved["interrupted"]}
 
 
 def restore(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Put everything back; what can't be is reported in the end, all at once."""
-    kept = snapshot.load(params["project_dir"])
-    if kept is None:
+    """Restore everything; failures are reported together at the end."""
+    saved = snapshot.load(params["project_dir"])
+    if saved is None:
         raise Problem(
-            f"Nothing was kept to go back to: {snapshot.path_in(params['project_dir'])} does not exist."
+            f"There is no snapshot to restore: {snapshot.path_in(params['project_dir'])} does not exist."
         )
-    # The files don't need the engine, and come back whatever has become of it.
+    # Files first: they don't need the Docker Engine.
     with lock.holding(params["lock"], lock.LEASE + _AWAY):
-        files = restoration.restore_files(kept)
+        files = restoration.restore_files(saved)
     failed = list(files.failed)
-    made, start = restoration.Outcome([], [], []), False
-    # The engine may go away once more, in the middle of it; what was done by then stays done.
+    outcome, start = restoration.Outcome([], [], []), False
+    # The Docker Engine may restart once more in between; finished steps stay done.
     for last in (False, True):
         try:
             restoration.wait_for_engine(_AWAY)
             with lock.holding(params["lock"]):
-                restoration.restore_engine(kept, made)
-            start = restoration.must_start(kept)
+                restoration.restore_engine(saved, outcome)
+            start = restoration.must_start(saved)
             break
         except docker.Unanswered as problem:
             if last:
                 failed.append(str(problem))
     result = {
-        "restored": files.restored + made.restored,
-        "removed": files.removed + made.removed,
-        "existed": kept["container"] is not None,
-        "was_proven": kept["proven"],
-        "interrupted": kept["interrupted"],
+        "restored": files.restored + outcome.restored,
+        "removed": files.removed + outcome.removed,
+        "existed": saved["container"] is not None,
+        "was_proven": saved["proven"],
+        "interrupted": saved["interrupted"],
         "start": start,
     }
-    failed += made.failed
+    failed += outcome.failed
     if failed:
-        # What else is not as it was must not keep the server from running.
+        # Other failures must not keep the server from running.
         if start:
             with contextlib.suppress(Problem), lock.holding(params["lock"]):
                 restoration.wait_for_memory()
                 restoration.start()
-                failed.append("The server that ran before was started again, and not waited for.")
-        # Docker and the file system have a say in these.
+                failed.append(
+                    "The previous server was started again; the play did not wait until it was ready."
+                )
         return dict(result, failed=True, msg=hidden(" ".join(failed), params["project_dir"]))
     return dict(
-        result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(kept)
+        result, changed=bool(result["restored"] or result["removed"]), volumes=restoration.new_volumes(saved)
     )
 
 
 def start(params: Mapping[str, Any]) -> dict[str, Any]:
     """Start the container where it ran before."""
-    kept = snapshot.load(params["project_dir"])
+    saved = snapshot.load(params["project_dir"])
     for last in (False, True):
         try:
             restoration.wait_for_engine(_AWAY)
-            if kept is None or not restoration.must_start(kept):
+            if saved is None or not restoration.must_start(saved):
                 return {"changed": False}
             restoration.wait_for_memory()
             with lock.holding(params["lock"]):
@@ -179,7 +154,7 @@ def start(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Forget what was kept."""
+    """Remove the snapshot."""
     with lock.holding(params["lock"]):
         return {"changed": False, "removed": snapshot.drop(params["project_dir"])}
 

@@ -9,11 +9,11 @@ module: server_up
 short_description: Bring the vLLM server up with Docker Compose
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - Runs C(docker compose up --detach) with the compose file and C(.env) of the service. C(.env) alone decides what
-    they hold, whatever the host's environment exports. Pulls nothing.
-  - Holds the host's lock for as long as that takes, so that no other play changes the server meanwhile.
-  - A server that was started from the same directory in the role's earlier Compose project is removed first, as
-    both have one name.
+  - Runs C(docker compose up --detach) with the compose file and C(.env) of the service, whatever the host's
+    environment exports. Pulls nothing.
+  - Holds the host's lock meanwhile, so that no other play changes the server.
+  - First removes a server that was started from the same directory in the role's earlier Compose project, as both
+    have the same name.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.project_dir
   - mlops.vllm_gpu.server.lock
@@ -21,18 +21,16 @@ author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
   recreate:
-    description: Whether to recreate a container that Compose takes for the right one, too.
+    description: Whether to recreate also a container that Compose finds up to date.
     type: str
     choices: [auto, always]
     default: auto
   timeout:
-    description: How long Compose may take, in seconds, besides the grace period of the container that it replaces.
+    description: How long Compose may take, in seconds, without the grace period of the old container.
     type: int
     default: 300
 attributes:
-  check_mode:
-    description: Does nothing.
-    support: full
+  check_mode: {support: full, description: Does nothing.}
 """
 
 EXAMPLES = r"""
@@ -42,10 +40,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-container:
-  description: The id of the server's container.
-  returned: success
-  type: str
+container: {returned: success, type: str, description: The id of the server's container.}
 """
 
 from typing import Any, Sequence
@@ -64,7 +59,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Proble
 
 
 def starts(containers: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return what tells one start of the server from another."""
+    """Return what differs between two starts of the server."""
     return [(found["id"], found["started_at"]) for found in containers]
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: wait_for_server
-short_description: Follow a starting vLLM server until it is proven, dead, or out of time
+short_description: Wait until a starting vLLM server is proven, has died, or takes too long
 description:
   - Internal to the role P(mlops.vllm_gpu.vllm_gpu#role); any release may change it.
-  - Looks at the host again and again with M(mlops.vllm_gpu.server_info) until the wanted server
-    runs on the wanted GPU and no other, and its API answers.
-  - Goes on while a model loads, and shows what it is waiting for and for how long. A connection or a Docker Engine
-    that is away for up to a minute, as during a restart, is waited for, too.
-  - Ends at once, with the last lines of its log, when the container dies or is on another GPU. Only one that was
-    there and well before may be brought back by its restart policy, once.
+  - Reads the host repeatedly with M(mlops.vllm_gpu.server_info) until the wanted server runs on the wanted GPU and no
+    other, and its API answers.
+  - Waits while a model loads, and shows what it is waiting for and for how long. Also waits up to a minute for a
+    connection or a Docker Engine that is lost, as during a restart.
+  - Fails at once, with the last lines of the log, when the container dies or is on another GPU. Only a container that
+    worked before may be restarted by its restart policy, once.
 extends_documentation_fragment:
   - mlops.vllm_gpu.server.read
   - mlops.vllm_gpu.server.wanted
@@ -21,26 +21,12 @@ extends_documentation_fragment:
 author: vllm_gpu maintainers (@mlops)
 version_added: 0.1.0
 options:
-  before:
-    description: >-
-      The container as M(mlops.vllm_gpu.server_info) returned it before the server was brought up; its old restarts
-      don't count.
-    type: dict
-  timeout:
-    description: How long a start may take, in seconds.
-    type: int
-    default: 1800
-  interval:
-    description: Seconds between two looks.
-    type: int
-    default: 2
+  before: {type: dict, description: The container before the server was brought up; its old restarts don't count.}
+  timeout: {type: int, default: 1800, description: "How long a start may take, in seconds."}
+  interval: {type: int, default: 2, description: Seconds between two reads.}
 attributes:
-  action:
-    description: Runs on the controller and calls M(mlops.vllm_gpu.server_info) on the host.
-    support: full
-  check_mode:
-    description: Skipped, as nothing was started.
-    support: none
+  action: {support: full, description: Runs on the controller and calls M(mlops.vllm_gpu.server_info) on the host.}
+  check_mode: {support: none, description: "Skipped, as nothing was started."}
 """
 
 EXAMPLES = r"""
@@ -52,12 +38,6 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-elapsed:
-  description: Seconds waited.
-  returned: always
-  type: int
-proven:
-  description: True; all else that M(mlops.vllm_gpu.server_info) returns comes with it.
-  returned: success
-  type: bool
+elapsed: {returned: always, type: int, description: Seconds waited.}
+proven: {returned: success, type: bool, description: "True, with all else that M(mlops.vllm_gpu.server_info) returns."}
 """

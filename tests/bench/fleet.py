@@ -3,7 +3,7 @@
 
 For each size, from servers that are proven on GPU 0: scripts/rollout moves every
 server to GPU 1, and once more, which changes nothing. After each run the hosts
-themselves are asked where their servers are. docs/fleet-scale.md explains the
+themselves are asked where their servers are. docs/benchmarks.md explains the
 columns.
 """
 

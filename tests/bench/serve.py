@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--no-demo", action="store_true", help="leave out make demo, which takes minutes")
     options = parser.parse_args()
     print(f"{machine()}; medians of {options.rounds} rounds\n")
-    print_row("what", "takes", "against", "takes", "ratio", "to reach")
+    print_row("what", "takes", "compared with", "takes", "ratio", "target")
     print_row("---", "--:", "---", "--:", "--:", "---")
     with started("bench") as ours, started("bench-plain") as plain:
         ours.serve(gpu_device_id=0)

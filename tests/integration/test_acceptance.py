@@ -26,7 +26,7 @@ def accept(host: GpuHost, evidence: Path, gpus: str = "0,1", **variables: object
 def test_each_gpu_is_proven_and_nothing_is_left(clean_host: GpuHost, evidence: Path) -> None:
     code, said = accept(clean_host, evidence, vllm_gpu_api_key="sk-planted-5d1f07")
     assert code == 0, said
-    first, second = evidence.read_text(encoding="utf-8").split("## Asked for: GPU ")[1:]
+    first, second = evidence.read_text(encoding="utf-8").split("## Requested: GPU ")[1:]
     cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))["cards"]
     assert f"served on {cards[0]['uuid']} and on {cards[1]['uuid']}, each time proven" in said
     for number, text, other in ((0, first, 1), (1, second, 0)):
@@ -48,13 +48,13 @@ def test_a_server_is_replaced_only_after_a_yes_and_put_back(served: GpuHost, evi
     files = served.look.check_output(listing)
     code, said = accept(served, evidence)
     assert code != 0
-    assert "nobody said yes to replacing its server" in said
+    assert "nobody confirmed that its server may be replaced" in said
     assert (served.container(), evidence.exists()) == (container, False)
 
     words = ["playbooks/acceptance.yml", "-e", "vllm_gpu_acceptance_gpus=1,0"]
     words += ["-e", f"vllm_gpu_acceptance_file={evidence}"]
     asked = pexpect.spawn("ansible-playbook", words, cwd=ROOT, env=served.environment, timeout=300)
-    asked.expect("Type\\s+yes to go on")
+    asked.expect("Type\\s+yes to continue")
     assert served.container() == container
     asked.sendline("yes")
     asked.expect(pexpect.EOF)
@@ -70,7 +70,7 @@ def test_what_could_not_be_put_back_is_left_alone(served: GpuHost, evidence: Pat
     container = served.container()
     code, said = accept(served, evidence, vllm_gpu_acceptance_replace="true", vllm_gpu_model="acme/other")
     assert code != 0
-    assert "could not be put back afterwards" in said
+    assert "could not be restored afterwards" in said
     assert "VLLM_MODEL" in said
     assert served.container() == container
 
@@ -106,7 +106,7 @@ def test_a_server_whose_files_are_gone_is_left_alone(served: GpuHost, evidence: 
     served.look.check_output(f"rm -r {DIRECTORY}")
     code, said = accept(served, evidence, vllm_gpu_acceptance_replace="true")
     assert code != 0
-    assert "could not be put back afterwards" in said
+    assert "could not be restored afterwards" in said
     assert served.container() == container
 
 
@@ -114,18 +114,18 @@ def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: Gpu
     tasks = ROOT / "playbooks/tasks/acceptance"
     again = "docker compose --file docker-compose.serving.yml up --detach --force-recreate"
     play = {
-        "hosts": "vllm_gpu", "gather_facts": False, "vars": {"__trial_found": None},
+        "hosts": "vllm_gpu", "gather_facts": False, "vars": {"__trial_server": None},
         "tasks": [
-            {"ansible.builtin.include_tasks": str(tasks / "look.yml")},
+            {"ansible.builtin.include_tasks": str(tasks / "read.yml")},
             {"ansible.builtin.command": {"cmd": again, "chdir": DIRECTORY}},
-            {"ansible.builtin.include_tasks": str(tasks / "end.yml")},
+            {"ansible.builtin.include_tasks": str(tasks / "restore.yml")},
         ],
     }  # fmt: skip
     (tmp_path / "trial.yml").write_text(json.dumps([play]), encoding="utf-8")
     before = served.container()
     done = served.play(str(tmp_path / "trial.yml"))
     assert done.code != 0
-    assert f"its container is {served.container()[:12]}, which this trial did not start" in " ".join(
+    assert f"its container is {served.container()[:12]}, which this test did not start" in " ".join(
         done.output.split()
     )
     assert served.container() not in ("", before)
@@ -134,7 +134,7 @@ def test_a_server_that_somebody_else_started_meanwhile_is_left_alone(served: Gpu
 def test_a_host_with_one_gpu_or_none_says_so(clean_host: GpuHost, evidence: Path, tmp_path: Path) -> None:
     cards = json.loads((ROOT / "molecule/simulated_host/cards.json").read_text(encoding="utf-8"))
     try:
-        for left, reason in ((1, "It could be 0 (NVIDIA GeForce RTX 5090"), (0, "nvidia-smi finds no GPU")):
+        for left, reason in ((1, "Choose 0 (NVIDIA GeForce RTX 5090"), (0, "nvidia-smi finds no GPU")):
             file = tmp_path / "cards.json"
             file.write_text(json.dumps({**cards, "cards": cards["cards"][:left]}), encoding="utf-8")
             gpuhost("cards", clean_host.name, str(file))

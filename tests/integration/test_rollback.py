@@ -134,4 +134,4 @@ def test_a_change_after_one_that_was_killed_goes_back_to_before_both(served: Gpu
     output = served.fail_to_serve(gpu_device_id=1, vllm_gpu_model=NOWHERE)
     assert as_it_is(served) == before
     assert "serves as before: Qwen/Qwen3-0.6B on GPU 0" in output
-    assert "That is how the host was before an earlier change" in output
+    assert "This is the state from before an earlier change" in output

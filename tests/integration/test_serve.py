@@ -122,7 +122,7 @@ def test_a_server_that_was_moved_by_hand_is_moved_back(served: GpuHost) -> None:
     )
     result = served.play("playbooks/verify.yml")
     assert result.code != 0
-    assert "made from other settings" in result.output
+    assert "created from other settings" in result.output
     served.serve(gpu_device_id=0)
     assert served.served_gpu() == "0"
 

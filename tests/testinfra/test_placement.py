@@ -1,7 +1,7 @@
-"""The server is on the GPU that was asked for, and on no other; and it answers.
+"""The server runs on the requested GPU and on no other, and it answers.
 
-These tests look for themselves, with nvidia-smi, docker and /proc, and only
-then compare with the referee: a referee that lies is caught here.
+These tests check that with nvidia-smi, docker and /proc before they compare with
+the referee, so that a wrong verdict of the referee is caught.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Card(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def asked() -> str:
-    """The GPU that the last play was asked for, as the scenario wrote it down."""
+def requested() -> str:
+    """The GPU that the last play requested, as recorded by the scenario."""
     return (Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "asked").read_text(encoding="utf-8").strip()
 
 
@@ -36,8 +36,8 @@ def cards(host: Host) -> list[Card]:
 
 
 @pytest.fixture(scope="module")
-def asked_card(asked: str, cards: list[Card]) -> Card:
-    (card,) = [card for card in cards if asked in card]
+def requested_card(requested: str, cards: list[Card]) -> Card:
+    (card,) = [card for card in cards if requested in card]
     return card
 
 
@@ -47,37 +47,38 @@ def container(host: Host) -> dict[str, Any]:
 
 
 def get(host: Host, path: str, *options: str) -> tuple[int, str]:
-    words = " ".join(options)
-    out = host.check_output(f"curl -sS -m 10 -w '\\n%{{http_code}}' {words} http://127.0.0.1:8000{path}")
+    out = host.check_output(
+        f"curl -sS -m 10 -w '\\n%{{http_code}}' {' '.join(options)} http://127.0.0.1:8000{path}"
+    )
     body, _, code = out.rpartition("\n")
     return int(code), body
 
 
-def test_the_engine_was_asked_for_that_card_alone(container: dict[str, Any], asked: str) -> None:
+def test_the_container_requests_only_that_card(container: dict[str, Any], requested: str) -> None:
     (request,) = container["HostConfig"]["DeviceRequests"]
     assert request["Driver"] == "nvidia"
-    assert request["DeviceIDs"] == [asked]
+    assert request["DeviceIDs"] == [requested]
     assert request["Count"] == 0
     assert request["Capabilities"] == [["gpu"]]
 
 
-def test_its_processes_are_on_that_card_and_no_other(
-    host: Host, container: dict[str, Any], asked_card: Card
+def test_its_processes_use_only_that_card(
+    host: Host, container: dict[str, Any], requested_card: Card
 ) -> None:
     listing = host.check_output("nvidia-smi --query-compute-apps=gpu_uuid,pid --format=csv,noheader")
     rows = listing.splitlines()
     pids = {pid for pid in host.check_output(f"docker top {CONTAINER} -eo pid").split() if pid.isdigit()}
     own = {uuid for uuid, pid in (row.split(", ") for row in rows) if pid in pids}
-    assert own == {asked_card.uuid}
-    # The same by another way: the cgroup of every process on any card.
+    assert own == {requested_card.uuid}
+    # Independently of docker top: the cgroup of every process on a card.
     for uuid, pid in (row.split(", ") for row in rows):
         if container["Id"] in host.check_output(f"cat /proc/{pid}/cgroup"):
-            assert uuid == asked_card.uuid
+            assert uuid == requested_card.uuid
 
 
-def test_inside_it_sees_that_card_alone(host: Host, asked_card: Card) -> None:
+def test_it_sees_only_that_card(host: Host, requested_card: Card) -> None:
     seen = host.check_output(f"docker exec {CONTAINER} nvidia-smi --query-gpu=uuid --format=csv,noheader")
-    assert seen.split() == [asked_card.uuid]
+    assert seen.split() == [requested_card.uuid]
 
 
 def test_the_api_answers(host: Host) -> None:
@@ -91,24 +92,24 @@ def test_the_api_answers(host: Host) -> None:
     assert json.loads(body)["choices"][0]["text"]
 
 
-def test_only_loopback_listens(host: Host) -> None:
+def test_it_listens_only_on_loopback(host: Host) -> None:
     assert host.check_output(f"docker port {CONTAINER}").strip() == "8000/tcp -> 127.0.0.1:8000"
 
 
-def test_the_referee_agrees_and_knows_the_other_card(host: Host, asked: str, cards: list[Card]) -> None:
+def test_the_referee_agrees_about_both_cards(host: Host, requested: str, cards: list[Card]) -> None:
     for card in cards:
         verdict = host.run(f"{DIRECTORY}/check_gpu_allocation.sh --json --expect {card.uuid}")
-        expected = (0, "ok") if asked in card else (1, "misplaced")
+        expected = (0, "ok") if requested in card else (1, "misplaced")
         assert (verdict.rc, json.loads(verdict.stdout)["verdict"]) == expected
 
 
-def test_the_report_for_a_person_has_its_four_parts(host: Host, asked_card: Card) -> None:
+def test_the_report_for_a_person_has_its_four_parts(host: Host, requested_card: Card) -> None:
     report = host.check_output(f"{DIRECTORY}/check_gpu_allocation.sh")
     for card_model in ("RTX 5090", "RTX 5060 Ti"):
         assert card_model in report
-    assert f"asked for: '{asked_card.number}'" in report
+    assert f"requested: '{requested_card.number}'" in report
     assert "VLLM::EngineCor" in report
-    assert f"runs on GPU {asked_card.number}" in report
+    assert f"runs on GPU {requested_card.number}" in report
 
 
 @pytest.mark.parametrize(
@@ -122,11 +123,11 @@ def test_the_installed_files(host: Host, name: str, mode: int) -> None:
     assert file.user == "root"
 
 
-def test_the_env_file_says_it_too(host: Host, asked: str) -> None:
-    assert f"GPU_DEVICE_ID={asked}\n" in host.file(f"{DIRECTORY}/.env").content_string
+def test_the_env_file_names_that_card(host: Host, requested: str) -> None:
+    assert f"GPU_DEVICE_ID={requested}\n" in host.file(f"{DIRECTORY}/.env").content_string
 
 
-def test_the_container_is_kept_small(container: dict[str, Any]) -> None:
+def test_the_container_has_few_privileges_and_limits(container: dict[str, Any]) -> None:
     settings = container["HostConfig"]
     assert settings["CapDrop"] == ["ALL"]
     assert settings["SecurityOpt"] == ["no-new-privileges:true"]

@@ -1,4 +1,4 @@
-"""How Hypothesis looks for examples here, a docker command that says what a test wants, and scripts/rollout."""
+"""The profile of Hypothesis, a fake docker command, and scripts/rollout."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import ModuleType
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A machine that stands still for a moment says nothing about the code.
+# A busy machine must not fail a test.
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
 
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], list[str]]]:
-    """A `docker` on PATH that says what the test tells it; what it gives back lists the calls."""
+    """Put a fake `docker` on PATH; it returns a function that lists the calls."""
 
-    def says(out: str = "", err: str = "", code: int = 0, sleep: float = 0) -> Callable[[], list[str]]:
+    def fake(out: str = "", err: str = "", code: int = 0, sleep: float = 0) -> Callable[[], list[str]]:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         calls = folder / "calls"
@@ -36,7 +36,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cal
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         return lambda: calls.read_text(encoding="utf-8").splitlines()
 
-    return says
+    return fake
 
 
 ROOT = Path(__file__).resolve().parents[2]

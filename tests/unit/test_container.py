@@ -1,4 +1,4 @@
-"""What the engine knows of the server's container."""
+"""The server's container, as the Docker Engine reports it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def test_a_container(docker: Docker) -> None:
     assert raw == RAW
     found = container.describe(RAW)
     assert found["requested"] == ["1"]
-    assert (found["health"], found["health_output"], found["stop_timeout"], found["restarts"]) == (
+    assert [found[key] for key in ("health", "health_output", "stop_timeout", "restarts")] == [
         None,
         "",
         10,
         2,
-    )
+    ]
     assert "b=c" not in str(found)
     assert container.environment(raw) == {"A": "b=c", "EMPTY": "", "ODD": ""}
 
 
-def test_what_the_health_check_said_last() -> None:
+def test_the_last_output_of_the_health_check() -> None:
     health = {"Status": "unhealthy", "Log": [{"Output": "old"}, {"Output": " refused\n"}]}
     found = container.describe({**RAW, "State": {**RAW["State"], "Health": health}})
     assert (found["health"], found["health_output"]) == ("unhealthy", "refused")
@@ -66,10 +66,10 @@ def test_what_the_health_check_said_last() -> None:
     ],
 )  # fmt: skip
 def test_bindings(bound: Any, found: list[tuple[str, int]]) -> None:  # noqa: ANN401
-    assert [(one["address"], one["port"]) for one in container.bindings({"PortBindings": bound})] == found
+    assert [(row["address"], row["port"]) for row in container.bindings({"PortBindings": bound})] == found
 
 
-def test_what_a_container_was_made_from_reads_like_a_service() -> None:
+def test_the_service_that_a_container_was_created_from() -> None:
     host = {"PortBindings": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "9000"}]}}
     assert container.made_from({**RAW, "HostConfig": host}) == {
         "image": "i",
@@ -88,36 +88,26 @@ def test_the_containers_of_others(docker: Docker) -> None:
 
 
 def test_the_log_without_the_roles_own_requests(docker: Docker) -> None:
-    docker(
-        'loading\n\n"GET /health HTTP/1.1" 200\n"GET /v1/models HTTP/1.1" 200\n"GET /v1/x HTTP/1.1"\n',
-        "error\n",
-    )
+    own_requests = '"GET /health HTTP/1.1" 200\n"GET /v1/models HTTP/1.1" 200\n'
+    docker(f'loading\n\n{own_requests}"GET /v1/x HTTP/1.1"\n', "error\n")
     assert container.log_tail(3) == ["loading", '"GET /v1/x HTTP/1.1"', "error"]
     assert container.log_tail(1) == ["error"]
 
 
 @pytest.mark.parametrize(
-    ("found", "judged", "fine"),
+    ("found", "judged", "problem"),
     [
-        (None, None, True),
-        (None, "c1", False),
-        ({"id": "c1", "status": "running"}, "c1", True),
-        ({"id": "c2", "status": "running"}, "c1", False),
-        # One that came after the referee had seen none: it is not proven, and no problem of the host.
-        ({"id": "c1", "status": "running"}, None, True),
-        ({"id": "c1", "status": "paused"}, "c1", False),
+        (None, None, None),
+        (None, "c1", "replaced or removed while it was being checked"),
+        ({"id": "c1", "status": "running"}, "c1", None),
+        ({"id": "c2", "status": "running"}, "c1", "replaced or removed while it was being checked"),
+        # Created after the referee found none: not proven, but not a problem of the host.
+        ({"id": "c1", "status": "running"}, None, None),
+        ({"id": "c1", "status": "paused"}, "c1", "docker unpause"),
     ],
 )
-def test_the_container_that_is_inspected_is_the_one_that_was_judged(
-    found: dict[str, Any] | None,
-    judged: str | None,
-    fine: bool,  # noqa: FBT001
+def test_the_inspected_container_must_be_the_judged_one(
+    found: dict[str, Any] | None, judged: str | None, problem: str | None
 ) -> None:
-    with (
-        contextlib.nullcontext()
-        if fine
-        else pytest.raises(
-            shell.Problem, match=r"replaced or removed while it was being checked|docker unpause"
-        )
-    ):
+    with pytest.raises(shell.Problem, match=problem) if problem else contextlib.nullcontext():
         container.check_judged(found, judged)

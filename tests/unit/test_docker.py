@@ -1,4 +1,4 @@
-"""What the Docker command's answers mean: yes, no, or no answer at all."""
+"""The answers of the docker command: yes, no, or no answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_answer(docker: Docker) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "Error: No such container: vllm-server",
         "Error response from daemon: No such container: x",
@@ -29,13 +29,13 @@ def test_an_answer(docker: Docker) -> None:
         "Error response from daemon: No such network: x",
     ],
 )
-def test_no(docker: Docker, said: str) -> None:
-    docker(err=said, code=1)
+def test_no(docker: Docker, message: str) -> None:
+    docker(err=message, code=1)
     assert docker_command.ask(["inspect", "x"]) is None
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
         "failed to connect to the docker API at unix:///var/run/docker.sock; check if the path is correct",
@@ -47,53 +47,53 @@ def test_no(docker: Docker, said: str) -> None:
         "error during connect: no such container: x",
     ],
 )
-def test_no_answer_is_not_no(docker: Docker, said: str) -> None:
-    docker(err=said, code=1)
+def test_no_answer_is_not_no(docker: Docker, message: str) -> None:
+    docker(err=message, code=1)
     with pytest.raises(docker_command.Unanswered) as problem:
         docker_command.ask(["inspect", "x"])
-    assert said in str(problem.value)
+    assert message in str(problem.value)
 
 
-def test_an_engine_that_is_too_slow_is_no_answer(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_engine_is_no_answer(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
     docker(sleep=5)
     run = shell.run
     monkeypatch.setattr(shell, "run", lambda argv, **_options: run(argv, timeout=0.2))
-    with pytest.raises(
-        docker_command.Unanswered, match=r"`docker inspect` gave no answer in 0\.2 s\. Check the Docker"
-    ):
+    message = r"`docker inspect` gave no answer in 0\.2 s\. Check the Docker"
+    with pytest.raises(docker_command.Unanswered, match=message):
         docker_command.ask(["inspect", "x"])
 
 
 @pytest.mark.parametrize(
-    ("said", "quoted"),
+    "message",
     [
-        ("permission denied while trying to connect to the Docker daemon socket", None),
-        ("invalid reference format", None),
-        ("Error response from daemon: client version 1.24 is too old", None),
-        ("no such host", None),
-        ("open /root/.docker/config.json: no such file or directory", None),
-        ("", "no message"),
+        "permission denied while trying to connect to the Docker daemon socket",
+        "invalid reference format",
+        "Error response from daemon: client version 1.24 is too old",
+        "no such host",
+        "open /root/.docker/config.json: no such file or directory",
+        "",
     ],
 )
-def test_any_other_failure_is_quoted(docker: Docker, said: str, quoted: str | None) -> None:
-    docker(err=said, code=125)
+def test_any_other_failure_is_quoted(docker: Docker, message: str) -> None:
+    docker(err=message, code=125)
     with pytest.raises(shell.Problem) as problem:
         docker_command.ask(["image", "inspect", "x"])
-    assert str(problem.value) == f"`docker image inspect x` failed with exit code 125: {quoted or said}"
+    reason = message or "no message"
+    assert str(problem.value) == f"`docker image inspect x` failed with exit code 125: {reason}"
     assert not isinstance(problem.value, docker_command.Unanswered)
 
 
-def test_no_docker_command_is_a_failure_and_not_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_docker_command_is_not_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(shell.Problem, match=r"failed with exit code 127: .*No such file"):
         docker_command.ask(["inspect", "x"])
 
 
-def test_docker_is_the_hosts_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_the_hosts_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "tcp://elsewhere:2375")
     monkeypatch.setenv("DOCKER_CONTEXT", "elsewhere")
-    said = shell.run(["sh", "-c", "echo $DOCKER_HOST $DOCKER_CONTEXT"]).out
-    assert said == "unix:///var/run/docker.sock\n"
+    output = shell.run(["sh", "-c", "echo $DOCKER_HOST $DOCKER_CONTEXT"]).out
+    assert output == "unix:///var/run/docker.sock\n"
 
 
 def test_a_command_that_does_not_exist_or_end() -> None:
@@ -101,5 +101,5 @@ def test_a_command_that_does_not_exist_or_end() -> None:
     assert shell.run(["sleep", "5"], timeout=0.2) == shell.Output(None, "", "no answer in 0.2 s")
 
 
-def test_nothing_of_a_command_goes_through_a_shell() -> None:
+def test_no_shell_reads_a_command() -> None:
     assert shell.run(["printf", "%s", "$HOME;id"]).out == "$HOME;id"

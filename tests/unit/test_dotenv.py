@@ -1,4 +1,4 @@
-"""The `.env` merge: what the role wants is there, what the user had still is."""
+"""The `.env` merge: the role's keys are set, and the user's lines stay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLUGIN = Path(__file__).resolve().parents[2] / ".cache/docker/cli-plugins/docker
 KEYS = st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True)
 # Anything that a `.env` line can hold at all.
 VALUES = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"], exclude_characters="\x7f"))
-# What a user's file may look like, line by line, sane or not.
+# Lines of a user's file, well-formed or not.
 LINES = st.one_of(
     st.binary(max_size=20),
     st.builds(lambda k, v: f"{k}={v}".encode(), KEYS, VALUES),
@@ -29,7 +29,7 @@ FILES = st.builds(
 
 
 def merge_if_readable(content: bytes, wanted: dict[str, str]) -> bytes:
-    """Merge, or skip a file with an open quote, which must be refused by name."""
+    """Merge, or skip a file with an open quote."""
     try:
         return dotenv.merge(content, wanted)
     except ValueError as error:
@@ -39,20 +39,19 @@ def merge_if_readable(content: bytes, wanted: dict[str, str]) -> bytes:
 
 
 @given(FILES)
-def test_lines_lose_nothing(content: bytes) -> None:
+def test_lines_keep_every_byte(content: bytes) -> None:
     assert b"".join(line.text + line.ending for line in dotenv.lines(content)) == content
 
 
 @given(FILES, st.dictionaries(KEYS, VALUES, max_size=4))
 @example(b"A=1\nA=2", {"A": "3"})
 @example(b"A='x\nB=inside\n'\n", {"B": "new"})
-def test_merge_sets_what_is_wanted_and_keeps_the_rest(content: bytes, wanted: dict[str, str]) -> None:
+def test_merge_sets_the_wanted_keys_and_keeps_the_rest(content: bytes, wanted: dict[str, str]) -> None:
     before = list(dotenv.lines(content))
     after = list(dotenv.lines(merge_if_readable(content, wanted)))
-    # Every line that doesn't decide a wanted key is there, byte for byte, in order.
-    deciding: dict[str | None, int] = {
-        one.key: number for number, one in enumerate(before) if one.key in wanted
-    }
+    # Every line that doesn't decide a wanted key stays, in order.
+    deciding: dict[str | None, int] = {}
+    deciding.update((line.key, number) for number, line in enumerate(before) if line.key in wanted)
     for number, line in enumerate(before):
         if deciding.get(line.key) != number:
             assert after[number].text == line.text
@@ -113,5 +112,5 @@ def test_compose_reads_back_what_was_written(values: list[str]) -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     read = json.loads(done.stdout)["services"]["a"]["environment"]
-    # Compose writes a dollar twice, so that its output can be read again.
+    # Compose doubles each $ in its output.
     assert {key: value.replace("$$", "$") for key, value in read.items()} == wanted

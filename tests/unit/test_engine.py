@@ -1,4 +1,4 @@
-"""A container made again from what `docker inspect` said of it, through the engine's socket."""
+"""A container created again from its `docker inspect`, through the socket of the Docker Engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANONYMOUS = "f" * 64
 
 
 def inspected(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What Engine 26 says of a container that Compose has made, as far as it matters here."""
+    """Return what Engine 26 reports of a container of Compose, as far as it matters here."""
     host = {
         "Binds": None,
         "NetworkMode": "vllm-gpu_default",
@@ -31,53 +31,37 @@ def inspected(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
         **changes.pop("host", {}),
     }
     config = {
-        "Hostname": ID[:12],
-        "Env": ["VLLM_API_KEY=sk-secret-key"],
-        "Cmd": ["model"],
-        "Image": "vllm/vllm-openai:v1",
-        "Labels": {"com.docker.compose.config-hash": "abc"},
-        "MacAddress": "02:42:ac:12:00:02",
+        "Hostname": ID[:12], "Env": ["VLLM_API_KEY=sk-secret-key"], "Cmd": ["model"], "Image": "vllm/vllm-openai:v1",
+        "Labels": {"com.docker.compose.config-hash": "abc"}, "MacAddress": "02:42:ac:12:00:02",
         **changes.pop("config", {}),
-    }
+    }  # fmt: skip
     network = {
-        "IPAMConfig": None,
-        "Aliases": ["vllm-server", "vllm", ID[:12]],
-        "MacAddress": "02:42:ac:12:00:02",
-        "EndpointID": "e" * 64,
-        "IPAddress": "172.18.0.2",
-        "DriverOpts": None,
-    }
+        "IPAMConfig": None, "Aliases": ["vllm-server", "vllm", ID[:12]], "MacAddress": "02:42:ac:12:00:02",
+        "EndpointID": "e" * 64, "IPAddress": "172.18.0.2", "DriverOpts": None,
+    }  # fmt: skip
     mounts = [
         {"Type": "volume", "Name": "vllm-gpu_cache", "Destination": "/root/.cache", "RW": True},
         {"Type": "bind", "Source": "/srv", "Destination": "/models", "RW": False},
     ]
-    raw = {
-        "Id": ID,
-        "Name": "/vllm-server",
-        "Image": "sha256:1",
-        "Config": config,
-        "HostConfig": host,
-        "Mounts": mounts,
-        "NetworkSettings": {"Networks": {"vllm-gpu_default": network}},
-    }
-    return {**raw, **changes}
+    return {
+        "Id": ID, "Name": "/vllm-server", "Image": "sha256:1", "Config": config, "HostConfig": host, "Mounts": mounts,
+        "NetworkSettings": {"Networks": {"vllm-gpu_default": network}}, **changes,
+    }  # fmt: skip
 
 
-def test_all_that_it_was_made_from_and_nothing_that_is_its_own() -> None:
+def test_the_creation_has_all_settings_and_no_identity() -> None:
     raw = inspected()
-    made = engine.creation(raw, "sha256:1")
-    kept = {
-        key: value for key, value in raw["Config"].items() if key not in ("Hostname", "MacAddress", "Image")
-    }
-    assert {key: made[key] for key in kept} == kept
-    assert set(made) == {*kept, "Image", "HostConfig", "NetworkingConfig"}
-    assert made["Image"] == "sha256:1"
-    assert made["HostConfig"] == raw["HostConfig"]
+    own = ("Hostname", "MacAddress")
     endpoint = {"Aliases": ["vllm-server", "vllm"]}
-    assert made["NetworkingConfig"] == {"EndpointsConfig": {"vllm-gpu_default": endpoint}}
+    assert engine.creation(raw, "sha256:1") == {
+        **{key: value for key, value in raw["Config"].items() if key not in own},
+        "Image": "sha256:1",
+        "HostConfig": raw["HostConfig"],
+        "NetworkingConfig": {"EndpointsConfig": {"vllm-gpu_default": endpoint}},
+    }
 
 
-def test_a_hostname_that_somebody_chose_stays() -> None:
+def test_a_chosen_hostname_stays() -> None:
     assert engine.creation(inspected(config={"Hostname": "by-hand"}), "i")["Hostname"] == "by-hand"
 
 
@@ -89,26 +73,24 @@ def test_a_fixed_address_stays() -> None:
 
 
 @pytest.mark.parametrize("mode", ["host", "none", "bridge"])
-def test_a_network_of_the_engine_has_no_aliases(mode: str) -> None:
+def test_a_builtin_network_has_no_aliases(mode: str) -> None:
     attached = {mode: {"IPAMConfig": None, "Aliases": None, "EndpointID": "e"}}
     raw = inspected(host={"NetworkMode": mode}, NetworkSettings={"Networks": attached})
     assert engine.creation(raw, "i")["NetworkingConfig"] == {"EndpointsConfig": {}}
 
 
 @pytest.mark.parametrize(("writable", "mode"), [(True, "rw"), (False, "ro")])
-def test_a_volume_without_a_name_is_found_again(writable: bool, mode: str) -> None:  # noqa: FBT001
+def test_an_anonymous_volume_is_mounted_again(writable: bool, mode: str) -> None:  # noqa: FBT001
     mount = {"Type": "volume", "Name": ANONYMOUS, "Destination": "/data", "RW": writable}
     raw = inspected(host={"Binds": ["/srv:/models:ro"]})
     raw["Mounts"].append(mount)
-    assert engine.creation(raw, "i")["HostConfig"]["Binds"] == [
-        "/srv:/models:ro",
-        f"{ANONYMOUS}:/data:{mode}",
-    ]
-    assert raw["HostConfig"]["Binds"] == ["/srv:/models:ro"]  # what was kept stays as it is
+    binds = ["/srv:/models:ro", f"{ANONYMOUS}:/data:{mode}"]
+    assert engine.creation(raw, "i")["HostConfig"]["Binds"] == binds
+    assert raw["HostConfig"]["Binds"] == binds[:1]  # the snapshot is unchanged
 
 
 class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """What a Docker Engine would be asked, and what it says."""
+    """A fake Docker Engine, with a list of its requests."""
 
     calls: list[tuple[str, Any]]
     status, answer = 201, b'{"Id": "new"}'
@@ -121,7 +103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "unix"
 
     def log_message(self, *_arguments: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -142,7 +124,7 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         server.shutdown()
 
 
-def test_it_is_created_under_its_name_and_on_each_of_its_networks(daemon: Engine) -> None:
+def test_it_is_created_under_its_name_and_on_all_its_networks(daemon: Engine) -> None:
     raw = inspected()
     raw["NetworkSettings"]["Networks"]["second"] = {"Aliases": ["other"], "EndpointID": "e"}
     assert engine.create(raw, "vllm-server", "sha256:1") == "new"
@@ -152,28 +134,21 @@ def test_it_is_created_under_its_name_and_on_each_of_its_networks(daemon: Engine
     ]
 
 
-def test_a_network_comes_back_with_its_labels(daemon: Engine) -> None:
-    network = {
-        "Name": "n",
-        "Id": "1",
-        "Driver": "bridge",
-        "Labels": {"a": "b"},
-        "Containers": {},
-        "Created": "x",
-    }
-    engine.create_network(network)
-    assert daemon.calls == [("/networks/create", {"Name": "n", "Driver": "bridge", "Labels": {"a": "b"}})]
+def test_a_network_is_created_with_its_labels(daemon: Engine) -> None:
+    settings = {"Name": "n", "Driver": "bridge", "Labels": {"a": "b"}}
+    engine.create_network({**settings, "Id": "1", "Containers": {}, "Created": "x"})
+    assert daemon.calls == [("/networks/create", settings)]
 
 
 @pytest.mark.parametrize("answer", [b'{"message": "no such image"}', b"no such image\n"])
-def test_what_the_engine_refuses_is_said_in_its_words(daemon: Engine, answer: bytes) -> None:
+def test_a_refusal_is_quoted(daemon: Engine, answer: bytes) -> None:
     daemon.status, daemon.answer = 404, answer
     with pytest.raises(Problem) as problem:
         engine.create(inspected(), "vllm-server", "i")
     assert str(problem.value).endswith("/containers/create?name=vllm-server: no such image")
 
 
-def test_an_engine_that_is_away_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_not_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "SOCKET", str(tmp_path / "none"))
     with pytest.raises(Unanswered, match="The Docker Engine gave no answer"):
         engine.create(inspected(), "vllm-server", "i")

@@ -117,7 +117,7 @@ def test_a_failed_host_is_restored_or_not(feed: Feed) -> None:
 
 def test_refused_and_unreachable_before_any_change(feed: Feed) -> None:
     feed.play()
-    feed.task("a", "fail", "failed", msg="No such GPU. It could be 0.")
+    feed.task("a", "fail", "failed", msg="No such GPU. Choose 0.")
     # The play ignores it here, so that it is refused with the others and not counted as dark.
     feed.task("b", "server_info", "unreachable", msg="ssh: no route")
     feed.task("b", "fail", "failed", msg="It can not be reached.")

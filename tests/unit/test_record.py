@@ -1,4 +1,4 @@
-"""What was proven: written whole, read with distrust."""
+"""Records of proven states: written completely, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_there_may_be_none(tmp_path: Path, project: Path) -> None:
-    assert record.load(str(tmp_path / "nowhere"), "current") is None
-    assert record.load(str(project), "previous") is None
-
-
-def test_what_was_kept_comes_back(project: Path) -> None:
+def test_a_saved_state_is_loaded_unchanged(project: Path) -> None:
     assert record.load(str(project), "current") == record.Proven({".env": b"A=1\n"}, RECORD)
+    assert record.load(str(project), "previous") is None
+    assert record.load(str(project / "nowhere"), "current") is None
 
 
 def unusable(project: Path, why: str) -> None:
@@ -36,13 +33,13 @@ def unusable(project: Path, why: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'"text"', b"null", b"\xff\xfe"])
-def test_a_record_that_is_no_record(project: Path, content: bytes) -> None:
+def test_a_record_that_is_malformed(project: Path, content: bytes) -> None:
     (project / ".proven/current/record.json").write_bytes(content)
     unusable(project, "its record.json is not JSON of the expected form")
 
 
 @pytest.mark.parametrize("key", sorted(RECORD))
-def test_a_record_that_lacks_something(project: Path, key: str) -> None:
+def test_a_record_that_lacks_a_key(project: Path, key: str) -> None:
     content = "{" + ",".join(f'"{name}": 1' for name in RECORD if name != key) + "}"
     (project / ".proven/current/record.json").write_text(content, encoding="ascii")
     unusable(project, f"{key} is missing in it")
@@ -55,25 +52,25 @@ def test_a_record_without_a_file(project: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["/tmp", "..", ".", "../elsewhere", "state.x/../.."])  # noqa: S108
-def test_a_record_that_leads_elsewhere(project: Path, target: str) -> None:
+def test_a_link_that_leads_elsewhere(project: Path, target: str) -> None:
     link = project / ".proven/current"
     link.unlink()
     link.symlink_to(target)
     unusable(project, f"it leads to {target}")
 
 
-def test_a_record_whose_directory_is_gone(project: Path) -> None:
+def test_a_link_to_a_missing_directory(project: Path) -> None:
     link = project / ".proven/current"
     (project / ".proven" / link.readlink()).rename(project / "elsewhere")
     unusable(project, "No such file or directory")
 
 
-def test_a_record_in_the_place_of_a_link(project: Path) -> None:
+def test_a_directory_in_place_of_a_link(project: Path) -> None:
     link = project / ".proven/current"
     state = project / ".proven" / link.readlink()
     link.unlink()
     state.rename(link)
-    unusable(project, "it is no symbolic link")
+    unusable(project, "it is not a symbolic link")
 
 
 @pytest.mark.parametrize("path", [".", ".proven", ".proven/current/", ".proven/current/.env"])
@@ -86,7 +83,7 @@ def test_a_record_that_others_could_write(project: Path, path: str) -> None:
 FILES = {"docker-compose.serving.yml": b"services: {}\n", ".env": b"GPU_DEVICE_ID=0\n\xff\r\n"}
 
 
-def kept(directory: Path, which: str) -> record.Proven:
+def load(directory: Path, which: str) -> record.Proven:
     proven = record.load(str(directory), which)
     assert proven is not None
     return proven
@@ -96,32 +93,26 @@ def proof(number: int) -> dict[str, Any]:
     return {**RECORD, "number": number, "requested": "1", "gpu": {"uuid": f"GPU-{number}"}}
 
 
-def test_nothing_was_proven_yet(tmp_path: Path) -> None:
-    assert record.load(str(tmp_path), "current") is None
-    assert record.load(str(tmp_path), "previous") is None
-
-
-def test_files_come_back_byte_for_byte_and_the_last_two_are_kept(tmp_path: Path) -> None:
+def test_the_last_two_states_are_kept(tmp_path: Path) -> None:
     for number in range(4):
         record.save(str(tmp_path), {**FILES, ".env": FILES[".env"] * (number + 1)}, proof(number))
-    assert kept(tmp_path, "current").record == proof(3)
-    assert kept(tmp_path, "current").files[".env"] == FILES[".env"] * 4
-    assert kept(tmp_path, "previous").record == proof(2)
-    # For the referee, which reads no JSON: which card the index meant.
+    assert load(tmp_path, "current").record == proof(3)
+    assert load(tmp_path, "current").files[".env"] == FILES[".env"] * 4
+    assert load(tmp_path, "previous").record == proof(2)
     assert (tmp_path / ".proven/current/gpu").read_text(encoding="utf-8") == "1 GPU-3\n"
-    # Older ones, which hold secrets too, are gone.
+    # Older ones, which hold secrets, are removed.
     assert len(list((tmp_path / ".proven").glob("state.*"))) == 2
     for path in (tmp_path / ".proven").rglob("*"):
         if path.is_file() and not path.is_symlink():
             assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_same_state_once_more_keeps_the_previous_one(tmp_path: Path) -> None:
+def test_saving_the_same_state_again_keeps_the_previous_one(tmp_path: Path) -> None:
     for number in (1, 2):
         record.save(str(tmp_path), FILES, proof(number))
     record.save(str(tmp_path), {**FILES, ".env": b"# a note"}, proof(2), again=True)
-    assert kept(tmp_path, "current").files[".env"] == b"# a note"
-    assert kept(tmp_path, "previous").record == proof(1)
+    assert load(tmp_path, "current").files[".env"] == b"# a note"
+    assert load(tmp_path, "previous").record == proof(1)
 
 
 def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,10 +126,10 @@ def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: 
             patch.setattr(atomic, name, crash)
             with pytest.raises(KeyboardInterrupt):
                 record.save(str(tmp_path), FILES, proof(2))
-        assert kept(tmp_path, "current").record == proof(1)
+        assert load(tmp_path, "current").record == proof(1)
 
 
-def test_a_link_is_written_through(tmp_path: Path) -> None:
+def test_writing_replaces_the_target_of_a_link(tmp_path: Path) -> None:
     target, link = tmp_path / "etc/real", tmp_path / ".env"
     target.parent.mkdir()
     target.write_bytes(b"old")
@@ -150,9 +141,7 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["real"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / ".env"
     path.write_bytes(b"old")
 
@@ -163,4 +152,4 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
     with pytest.raises(OSError, match="No space left"):
         atomic.write(str(path), b"new", 0o600)
     assert path.read_bytes() == b"old"
-    assert [one.name for one in tmp_path.iterdir()] == [".env"]
+    assert [path.name for path in tmp_path.iterdir()] == [".env"]

@@ -1,4 +1,4 @@
-"""What teardown and a change may remove: the server of this directory, the role's files, what killed plays left."""
+"""What teardown and a change remove: the server of this directory, the role's files, leftovers of killed plays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE, PROJECTS = "/opt/vllm-gpu", ["vllm-gpu", "vllm"]
 
 
 def container(name: str = "vllm-server", **labels: str) -> dict[str, Any]:
-    """As `docker inspect` prints it; labels are `project` and `working_dir`."""
+    """Return what `docker inspect` prints; labels are `project` and `working_dir`."""
     names = {"project": "project", "working_dir": "project.working_dir"}
     return {
         "Id": f"id-of-{name}",
@@ -36,18 +36,14 @@ def container(name: str = "vllm-server", **labels: str) -> dict[str, Any]:
             "Image": "vllm/vllm-openai:v1",
             "Labels": {f"com.docker.compose.{names[key]}": value for key, value in labels.items()},
         },
-        "Mounts": [
-            {"Type": "volume", "Name": "vllm_cache", "Source": "/var/lib/docker/volumes/vllm_cache/_data"},
-            {"Type": "bind", "Source": "/srv/models"},
-        ],
     }
 
 
 class Engine:
-    """What docker answers, and what it was told to change."""
+    """A fake `docker`, with a list of its changes."""
 
     def __init__(self, *containers: dict[str, Any], stuck: bool = False, others: str = "") -> None:
-        self.containers = {one["Id"]: one for one in containers}
+        self.containers = {raw["Id"]: raw for raw in containers}
         self.stuck, self.others = stuck, others
         self.changes: list[str] = []
 
@@ -78,7 +74,7 @@ OURS = container(project="vllm-gpu", working_dir=HERE)
 
 @pytest.mark.parametrize("project", PROJECTS)
 @pytest.mark.parametrize("name", ["vllm-server", "0a1b2c_vllm-server"])
-def test_our_server_is_removed_by_its_id(monkeypatch: pytest.MonkeyPatch, project: str, name: str) -> None:
+def test_the_server_is_removed_by_its_id(monkeypatch: pytest.MonkeyPatch, project: str, name: str) -> None:
     docker = engine(monkeypatch, container(name, project=project, working_dir=HERE + "/"))
     found = containers.find()
     containers.check_owner(found, HERE)
@@ -89,16 +85,13 @@ def test_our_server_is_removed_by_its_id(monkeypatch: pytest.MonkeyPatch, projec
 @pytest.mark.parametrize(
     ("labels", "owner"),
     [
-        (
-            {"project": "vllm-gpu", "working_dir": "/opt/elsewhere"},
-            "from /opt/elsewhere, not from /opt/vllm-gpu",
-        ),
+        ({"project": "vllm-gpu", "working_dir": "/opt/other"}, "from /opt/other, not from /opt/vllm-gpu"),
         ({"project": "vllm-gpu"}, "from None, not from /opt/vllm-gpu"),
         ({"project": "chat", "working_dir": HERE}, "belongs to the Compose project chat"),
         ({}, "belongs to no Compose project"),
     ],
 )
-def test_a_container_of_somebody_else_is_refused_by_name(
+def test_a_foreign_container_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, labels: dict[str, str], owner: str
 ) -> None:
     docker = engine(monkeypatch, OURS, container("0a1b_vllm-server", **labels))
@@ -109,40 +102,23 @@ def test_a_container_of_somebody_else_is_refused_by_name(
     assert docker.changes == []
 
 
-def test_a_server_that_is_still_there_is_not_called_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_could_not_be_removed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     engine(monkeypatch, OURS, stuck=True)
-    with pytest.raises(shell.Problem, match=r"still a container vllm-server.*device or resource busy"):
+    with pytest.raises(shell.Problem, match=r"container vllm-server still exists.*device or resource busy"):
         removal.remove(containers.find())
 
 
-def test_an_engine_that_gives_no_answer_is_not_one_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        shell, "run", lambda *_words, **_options: shell.Output(1, "", "Cannot connect to the Docker daemon")
-    )
-    with pytest.raises(shell.Problem, match="can't be reached"):
-        containers.find()
-
-
-def test_a_network_that_another_container_belongs_to_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_of_another_container_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     docker = engine(monkeypatch, OURS, others="another\n")
     removal.remove(containers.find())
     assert "network rm net" not in docker.changes
 
 
 def planted(directory: Path) -> list[str]:
-    """Leave in a directory what killed plays leave there; return the names."""
-    for number in (1, 2, 3):
-        record.save(
-            str(directory),
-            {".env": b"KEY=1\n"},
-            {
-                "requested": "0",
-                "gpu": {"uuid": f"GPU-{number}"},
-                "image": "i",
-                "image_id": "sha256:1",
-                "models": [],
-            },
-        )
+    """Create what killed plays leave in a directory; return the names."""
+    proof = {"requested": "0", "gpu": {"uuid": "GPU-1"}, "image": "i", "image_id": "sha256:1", "models": []}
+    for _ in range(3):
+        record.save(str(directory), {".env": b"KEY=1\n"}, proof)
     current = str((directory / ".proven/current").readlink())
     names = [
         ".proven.kept/state.old/.env", ".vllm_gpu.ab_12345", ".proven/state.stale/.env", ".proven/current.new",
@@ -154,7 +130,7 @@ def planted(directory: Path) -> list[str]:
     return names
 
 
-def test_what_killed_plays_left_is_found_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_killed_plays_are_found_and_nothing_else(tmp_path: Path) -> None:
     assert leftovers.leftovers(str(tmp_path / "missing")) == []
     (tmp_path / ".env").touch()
     (tmp_path / ".vllm_gpu.notes.txt").touch()
@@ -166,16 +142,16 @@ def test_what_killed_plays_left_is_found_and_nothing_else(tmp_path: Path) -> Non
     )
     leftovers.remove([*found, str(tmp_path / "gone")])
     assert leftovers.leftovers(str(tmp_path)) == []
-    assert sorted(one.name for one in tmp_path.iterdir()) == [".env", ".proven", ".vllm_gpu.notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".env", ".proven", ".vllm_gpu.notes.txt"]
     for which in ("current", "previous"):
         assert record.load(str(tmp_path), which)
 
 
-def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_link_is_removed_and_its_target_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / ".vllm_gpu.abcdefgh").symlink_to("mine")
     leftovers.remove(leftovers.leftovers(str(tmp_path)))
-    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 KEYS = ["GPU_DEVICE_ID", "VLLM_API_KEY"]
@@ -191,7 +167,7 @@ KEYS = ["GPU_DEVICE_ID", "VLLM_API_KEY"]
         (b"", b"", []),
     ],
 )
-def test_of_env_only_the_keys_of_the_user_stay(content: bytes, left: bytes, users: list[str]) -> None:
+def test_only_the_users_keys_stay_in_env(content: bytes, left: bytes, users: list[str]) -> None:
     assert server_removed.users_lines(content, KEYS) == (left, users)
 
 
@@ -200,37 +176,35 @@ def test_of_env_only_the_keys_of_the_user_stay(content: bytes, left: bytes, user
         st.sampled_from([b"VLLM_API_KEY=planted", b"MINE=1", b"#planted", b"'", b"X='", b"\xff", b"planted"])
     )
 )
-def test_no_key_of_the_role_stays_whatever_a_person_wrote(lines: list[bytes]) -> None:
+def test_no_key_of_the_role_stays_in_any_file(lines: list[bytes]) -> None:
     left, _users = server_removed.users_lines(b"\n".join(lines), KEYS)
-    # A quote that a user's key opens makes all up to its end the user's.
+    # All within the quotes of a user's key is the user's.
     if b"X='" not in lines:
         assert b"planted" not in left
 
 
-def test_env_keeps_its_users_keys_in_a_file_for_nobody_else(tmp_path: Path) -> None:
+def test_the_users_keys_stay_in_a_private_env(tmp_path: Path) -> None:
     env, real = tmp_path / ".env", tmp_path / "real"
     real.write_text("VLLM_API_KEY=s\nMINE=1\n", encoding="utf-8")
     env.symlink_to("real")
     before = real.read_bytes()
-    gone = [f"the role's keys and the comments in {env}"]
-    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=True) == (gone, [f"MINE in {env}"])
+    removed, kept = [f"the role's keys and the comments in {env}"], [f"MINE in {env}"]
+
+    def remove(*, check_mode: bool = False) -> tuple[list[str], list[str]]:
+        return server_removed.remove_env(str(tmp_path), KEYS, check_mode=check_mode)
+
+    assert remove(check_mode=True) == (removed, kept)
     assert real.read_bytes() == before
-    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == (gone, [f"MINE in {env}"])
-    assert (env.read_bytes(), real.read_bytes(), env.stat().st_mode & 0o777) == (
-        b"MINE=1\n",
-        b"MINE=1\n",
-        0o600,
-    )
-    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == ([], [f"MINE in {env}"])
+    assert remove() == (removed, kept)
+    assert env.is_symlink()
+    assert (real.read_bytes(), real.stat().st_mode & 0o777) == (b"MINE=1\n", 0o600)
+    assert remove() == ([], kept)
     real.write_text("VLLM_API_KEY=s\n", encoding="utf-8")
-    assert server_removed.remove_env(str(tmp_path), KEYS, check_mode=False) == (
-        sorted([str(env), str(real)]),
-        [],
-    )
+    assert remove() == (sorted([str(env), str(real)]), [])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_the_role_never_wrote_to_is_not_its_own(tmp_path: Path) -> None:
+def test_a_directory_that_the_role_never_wrote_to(tmp_path: Path) -> None:
     for name in (".env", "docker-compose.serving.yml"):
         (tmp_path / name).touch()
     assert not server_removed.is_ours(str(tmp_path))
@@ -239,27 +213,29 @@ def test_a_directory_that_the_role_never_wrote_to_is_not_its_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("output", "reason"),
+    ("code", "out", "err", "reason"),
     [
         (
-            shell.Output(1, "", "could not select device driver"),
-            "It reported: could not select device driver\n.*Install the NVIDIA Container Toolkit",
+            1,
+            "",
+            "could not select device driver",
+            "select device driver\n.*Install the NVIDIA Container Toolkit",
         ),
-        (shell.Output(1, "said so", ""), "It reported: said so"),
-        (shell.Output(1, "", ""), "nothing, with exit code 1"),
-        (shell.Output(124, "", "Container vllm-server Recreate"), "within 5 s, and was stopped.*Recreate"),
-        (shell.Output(None, "", "no answer in 35 s"), "within 5 s, and was stopped"),
+        (1, "a reason", "", "It reported: a reason"),
+        (1, "", "", "nothing, with exit code 1"),
+        (124, "", "Container vllm-server Recreate", "within 5 s, and was stopped.*Recreate"),
+        (None, "", "no answer in 35 s", "within 5 s, and was stopped"),
     ],
 )
-def test_what_compose_reported_is_in_the_message(
-    monkeypatch: pytest.MonkeyPatch, output: shell.Output, reason: str
+def test_the_message_quotes_compose(
+    monkeypatch: pytest.MonkeyPatch, code: int | None, out: str, err: str, reason: str
 ) -> None:
-    monkeypatch.setattr(shell, "run", lambda *_words, **_options: output)
+    monkeypatch.setattr(shell, "run", lambda *_words, **_options: shell.Output(code, out, err))
     with pytest.raises(shell.Problem, match=reason):
         compose.up("vllm-gpu", HERE, always=False, timeout=5)
 
 
-def test_compose_gets_nothing_that_could_beat_env(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compose_gets_no_variable_that_overrides_env(monkeypatch: pytest.MonkeyPatch) -> None:
     called: dict[str, Any] = {}
 
     def run(argv: Sequence[str], **options: Any) -> shell.Output:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""Reading a host: what prevents a change counts when two readings find it."""
+"""Reading a host: only problems that two readings find count."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ from tests.wanted import wanted
 
 
 @pytest.mark.parametrize(("finds", "problems"), [([["a", "b"], ["b"]], ["b"]), ([["a"], []], []), ([[]], [])])
-def test_only_what_two_looks_find_stands_in_the_way(
+def test_only_problems_that_two_readings_find_count(
     monkeypatch: pytest.MonkeyPatch, finds: list[list[str]], problems: list[str]
 ) -> None:
-    """What changes between two reads of one look, as a server that dies, is no problem of the host."""
+    judged = proof.Judged({"command": ["m"]}, "hash", None)
     monkeypatch.setattr(referee, "read_cards", lambda *_: None)
-    monkeypatch.setattr(
-        compare, "read_files", lambda *_, **__: proof.Judged({"command": ["m"]}, "hash", None)
-    )
+    monkeypatch.setattr(compare, "read_files", lambda *_, **__: judged)
 
     def find(checks: list[Any], _context: object) -> list[str]:
         assert checks == preflight.CHECKS
@@ -44,7 +42,7 @@ def test_only_what_two_looks_find_stands_in_the_way(
 @pytest.mark.parametrize(
     ("error", "unanswered"), [(docker.Unanswered("away"), True), (shell.Problem("no"), False)]
 )
-def test_an_engine_that_is_away_is_told_apart(
+def test_a_docker_engine_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     unanswered: bool,  # noqa: FBT001
@@ -62,16 +60,16 @@ def test_an_engine_that_is_away_is_told_apart(
             assert not state["proven"]
 
 
-def test_values_that_are_refused_are_told_with_what_the_host_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And Compose isn't asked about them."""
+def test_refused_values_are_reported_and_reach_no_other_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(referee, "read_cards", lambda *_: None)
-    monkeypatch.setattr(compare, "read_files", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(compare, "read_files", lambda *_, **__: pytest.fail("Compose was called"))
     state = server.read("1", wanted(project_dir="/nowhere", VLLM_PORT="0", extra_args="--port 1"))
-    assert [one.split()[0] for one in state["problems"]] == ["vllm_gpu_port", "vllm_gpu_extra_args"]
+    variables = [problem.split()[0] for problem in state["problems"]]
+    assert variables == ["vllm_gpu_port", "vllm_gpu_extra_args"]
 
 
 def raw_container(config_hash: str | None) -> dict[str, Any]:
-    """Return what the engine says of a container of the role's."""
+    """Return what `docker inspect` shows of the role's container."""
     return {
         "Id": "c1",
         "Name": "/vllm-server",
@@ -95,7 +93,7 @@ def raw_container(config_hash: str | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("known", "made_from", "error", "asked"),
+    ("known", "created_from", "error", "count"),
     [
         ("known", "known", None, 0),
         ("known", "other", None, 1),
@@ -104,12 +102,16 @@ def raw_container(config_hash: str | None) -> dict[str, Any]:
     ],
     ids=["right", "other settings", "in doubt", "neither proven nor made by Compose"],
 )
-def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
-    monkeypatch: pytest.MonkeyPatch, known: str | None, made_from: str | None, error: str | None, asked: int
+def test_compose_is_only_called_where_the_container_may_differ(
+    monkeypatch: pytest.MonkeyPatch,
+    known: str | None,
+    created_from: str | None,
+    error: str | None,
+    count: int,
 ) -> None:
     resolved = {"image": "vllm/vllm-openai:v1", "command": ["model"], "volumes": []}
     calls = []
-    monkeypatch.setattr(container, "inspect", lambda: raw_container(made_from))
+    monkeypatch.setattr(container, "inspect", lambda: raw_container(created_from))
     monkeypatch.setattr(container, "image_id", lambda _: "sha256:1")
     monkeypatch.setattr(compare, "resolve", lambda *_, **__: calls.append(1) or resolved)  # type: ignore[func-returns-value]
     monkeypatch.setattr(compose, "config_hash", lambda *_: "new")
@@ -120,7 +122,7 @@ def test_compose_is_asked_where_the_server_is_not_right_and_of_its_proven_files(
     service, config_hash = compare.read_service(
         {}, wanted(project_dir="/opt/x"), state, known, as_installed=False
     )
-    assert len(calls) == asked
-    assert ("volumes" in service) == bool(asked)  # which the checks before a change read
-    assert config_hash == ("known" if made_from == "known" else "new")
-    assert state["recreate"] == (made_from != "known")
+    assert len(calls) == count
+    assert ("volumes" in service) == bool(count)  # which the checks before a change read
+    assert config_hash == ("known" if created_from == "known" else "new")
+    assert state["recreate"] == (created_from != "known")

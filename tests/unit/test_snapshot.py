@@ -1,4 +1,4 @@
-"""A host as it was found: what is kept of it, and what comes back."""
+"""The snapshot of a host before a change, and its restoration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MISSING = shell.Output(1, "", "Error: No such container: x")
 
 
 class Docker:
-    """An engine with a few containers, images and networks; what is done to it is noted."""
+    """A Docker Engine with a few containers, images and networks; `done` lists the changes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -39,26 +39,25 @@ class Docker:
         self.done: list[str] = []
 
     def add(
-        self, id_: str, *, name: str = "vllm-server", running: bool = True, where: str = ""
+        self, id_: str, name: str = "vllm-server", *, running: bool = True, where: str = ""
     ) -> dict[str, Any]:
         labels = {f"{PROJECT}.working_dir": where or str(self.directory)}
-        raw = inspected(
-            config={"Labels": labels, "Image": "vllm:1", "StopTimeout": 3}, Id=id_, Name=f"/{name}"
-        )
+        config = {"Labels": labels, "Image": "vllm:1", "StopTimeout": 3}
+        raw = inspected(config=config, Id=id_, Name=f"/{name}")
         status = "running" if running else "exited"
         raw["State"] = {"Running": running, "Status": status, "ExitCode": 0, "StartedAt": ""}
         self.containers[id_] = raw
         return raw
 
     def find(self, name: str) -> dict[str, Any] | None:
-        found = [one for one in self.containers.values() if name in (one["Id"], one["Name"].lstrip("/"))]
-        return found[0] if found else None
+        names = (raw for raw in self.containers.values() if name in (raw["Id"], raw["Name"].lstrip("/")))
+        return next(names, None)
 
     def run(self, argv: list[str], timeout: float = 0, **_: object) -> shell.Output:  # noqa: PLR0911
         verb, *words = argv[1:]
         if verb == "inspect":
-            one = self.find(words[-1])
-            return shell.Output(0, json.dumps([one]), "") if one else MISSING
+            raw = self.find(words[-1])
+            return shell.Output(0, json.dumps([raw]), "") if raw else MISSING
         if verb == "ps":
             pattern = words[-1].removeprefix("name=")
             ids = [id_ for id_, raw in self.containers.items() if re.search(pattern, raw["Name"])]
@@ -67,17 +66,17 @@ class Docker:
             found = self.images.get(words[-1])
             return shell.Output(0, found, "") if found else shell.Output(1, "", "No such image: x")
         if verb == "network" and words[0] == "ls":
-            rows = [f"{one['Id']} {one['Name']} {one['Labels'].get(PROJECT, '')}" for one in self.networks]
+            rows = [f"{row['Id']} {row['Name']} {row['Labels'].get(PROJECT, '')}" for row in self.networks]
             return shell.Output(0, "\n".join(rows), "")
         if verb == "network" and words[0] == "inspect":
-            return shell.Output(0, json.dumps([one for one in self.networks if one["Id"] == words[1]]), "")
+            return shell.Output(0, json.dumps([row for row in self.networks if row["Id"] == words[1]]), "")
         if verb == "volume":
             return shell.Output(0, "vllm-gpu_cache\n", "")
         self.done.append(" ".join(argv[1:]))
         if verb == "rm":
             del self.containers[words[-1]]
         if verb == "network":
-            self.networks = [one for one in self.networks if one["Id"] != words[1]]
+            self.networks = [row for row in self.networks if row["Id"] != words[1]]
         if verb == "stop":
             assert timeout > 3
         return shell.Output(0, "", "")
@@ -89,15 +88,15 @@ class Docker:
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Docker:
-    engine_ = Docker(tmp_path / "new/project")
-    monkeypatch.setattr(shell, "run", engine_.run)
-    monkeypatch.setattr(engine, "create", engine_.create)
-    monkeypatch.setattr(engine, "create_network", lambda one: engine_.done.append(f"create {one['Name']}"))
-    return engine_
+    fake = Docker(tmp_path / "new/project")
+    monkeypatch.setattr(shell, "run", fake.run)
+    monkeypatch.setattr(engine, "create", fake.create)
+    monkeypatch.setattr(engine, "create_network", lambda row: fake.done.append(f"create {row['Name']}"))
+    return fake
 
 
-def found(path: Path) -> tuple[object, ...]:
-    """All that a file is, but its inode."""
+def attributes(path: Path) -> tuple[object, ...]:
+    """Return all of a file but its inode."""
     status = path.stat()
     link = str(path.readlink()) if path.is_symlink() else None
     return link, path.read_bytes(), status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns
@@ -106,11 +105,7 @@ def found(path: Path) -> tuple[object, ...]:
 @pytest.fixture
 def project(docker: Docker) -> Path:
     docker.directory.mkdir(parents=True)
-    for name, mode in (
-        ("docker-compose.serving.yml", 0o644),
-        (".env", 0o640),
-        ("check_gpu_allocation.sh", 0o700),
-    ):
+    for name, mode in zip(snapshot.FILES, (0o644, 0o640, 0o700), strict=True):
         path = docker.directory / name
         path.write_text(f"the old {name}", encoding="ascii")
         path.chmod(mode)
@@ -121,9 +116,13 @@ def project(docker: Docker) -> Path:
 
 
 def take(project: Path, *, proven: bool = True, images: tuple[str, ...] = ("vllm:1",)) -> dict[str, Any]:
-    kept = snapshot.take(str(project), list(images), proven=proven)
-    snapshot.save(kept)
-    return kept
+    saved = snapshot.take(str(project), list(images), proven=proven)
+    snapshot.save(saved)
+    return saved
+
+
+def restore_engine(saved: dict[str, Any]) -> restoration.Outcome:
+    return restoration.restore_engine(saved, restoration.Outcome([], [], []))
 
 
 def overwrite(path: Path) -> None:
@@ -131,7 +130,7 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "change",
     [
         overwrite,
         Path.unlink,
@@ -141,72 +140,66 @@ def overwrite(path: Path) -> None:
     ],
     ids=["written", "removed", "mode", "group", "link"],
 )
-@pytest.mark.parametrize("name", ["docker-compose.serving.yml", ".env", "check_gpu_allocation.sh"])
-def test_a_file_comes_back_by_all_that_it_was(
-    project: Path, name: str, harm: Callable[[Path], object]
+@pytest.mark.parametrize("name", snapshot.FILES)
+def test_a_file_is_restored_with_all_its_attributes(
+    project: Path, name: str, change: Callable[[Path], object]
 ) -> None:
-    before = {path.name: found(path) for path in project.iterdir()}
-    take(project)
-    harm(project / name)
-    done = restoration.restore_files(snapshot.load(str(project)) or {})
-    assert {path.name: found(path) for path in project.iterdir() if path.is_file()} == before
-    assert done.restored == [str(project / name)]
-    assert (done.removed, done.failed) == ([], [])
+    before = {path.name: attributes(path) for path in project.iterdir()}
+    saved = take(project)
+    assert restoration.restore_files(saved) == restoration.Outcome([], [], [])
+    change(project / name)
+    outcome = restoration.restore_files(snapshot.load(str(project)) or {})
+    assert {path.name: attributes(path) for path in project.iterdir() if path.is_file()} == before
+    assert outcome == restoration.Outcome([str(project / name)], [], [])
 
 
-def test_what_did_not_change_is_not_named(project: Path) -> None:
-    kept = take(project)
-    assert restoration.restore_files(kept) == restoration.Outcome([], [], [])
-
-
-def test_what_was_not_there_goes_again(project: Path) -> None:
-    (project / "check_gpu_allocation.sh").unlink()
-    kept = take(project)
-    overwrite(project / "check_gpu_allocation.sh")
-    assert restoration.restore_files(kept) == restoration.Outcome(
-        [], [str(project / "check_gpu_allocation.sh")], []
-    )
-    assert not (project / "check_gpu_allocation.sh").exists()
+def test_a_file_that_did_not_exist_is_removed(project: Path) -> None:
+    path = project / "check_gpu_allocation.sh"
+    path.unlink()
+    saved = take(project)
+    overwrite(path)
+    assert restoration.restore_files(saved) == restoration.Outcome([], [str(path)], [])
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_link_stays_one_and_what_it_leads_to_comes_back(project: Path, dangling: bool) -> None:  # noqa: FBT001
+def test_a_link_stays_and_its_target_is_restored(project: Path, dangling: bool) -> None:  # noqa: FBT001
     real = project.parent / "real"
     (project / ".env").rename(real)
     (project / ".env").symlink_to("../real")
     if dangling:
         real.unlink()
-    before = None if dangling else found(project / ".env")
-    kept = take(project)
+    before = None if dangling else attributes(project / ".env")
+    saved = take(project)
     overwrite(project / ".env")
     assert real.read_bytes() == b"new"
-    restoration.restore_files(kept)
+    restoration.restore_files(saved)
     assert str((project / ".env").readlink()) == "../real"
     assert real.exists() != dangling
-    assert dangling or found(project / ".env") == before
+    assert dangling or attributes(project / ".env") == before
 
 
-def test_nothing_is_left_where_nothing_was(docker: Docker) -> None:
+def test_a_directory_that_did_not_exist_is_removed(docker: Docker) -> None:
     project = docker.directory
-    kept = take(project)
+    saved = take(project)
     for name in snapshot.FILES:
         overwrite(project / name)
     (project / ".vllm_gpu.killed").touch()
     (project / ".proven/state.half").mkdir()
-    restoration.restore_files(kept)
+    restoration.restore_files(saved)
     assert snapshot.drop(str(project)) == [f"{project}/.proven", str(project), str(project.parent)]
     assert not project.parent.exists()
 
 
-def test_what_others_have_put_there_stays(docker: Docker) -> None:
-    kept = take(docker.directory)
+def test_files_of_others_stay(docker: Docker) -> None:
+    saved = take(docker.directory)
     (docker.directory / "notes.txt").touch()
-    restoration.restore_files(kept)
+    restoration.restore_files(saved)
     assert snapshot.drop(str(docker.directory)) == [f"{docker.directory}/.proven"]
     assert [path.name for path in docker.directory.iterdir()] == ["notes.txt"]
 
 
-def test_only_root_can_read_what_is_kept(project: Path) -> None:
+def test_only_root_can_read_a_snapshot(project: Path) -> None:
     take(project)
     path = Path(snapshot.path_in(str(project)))
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
@@ -215,7 +208,7 @@ def test_only_root_can_read_what_is_kept(project: Path) -> None:
         snapshot.load(str(project))
 
 
-def test_what_is_kept_and_cannot_be_read_is_a_problem(project: Path) -> None:
+def test_a_snapshot_that_cannot_be_read_is_a_problem(project: Path) -> None:
     take(project)
     Path(snapshot.path_in(str(project))).write_text("{", encoding="ascii")
     with pytest.raises(shell.Problem, match=r"Remove it with `rm .*before.json`"):
@@ -227,154 +220,147 @@ def recorded(project: Path) -> None:
     record.save(str(project), {".env": (project / ".env").read_bytes()}, proof)
 
 
-def test_what_is_proven_is_what_it_was(project: Path) -> None:
+def test_the_links_to_proven_states_are_restored(project: Path) -> None:
     recorded(project)
-    kept = take(project)
-    keep = str(project / ".proven")
-    before = atomic.target(keep, "current")
+    saved = take(project)
+    directory = str(project / ".proven")
+    before = atomic.target(directory, "current")
     (project / ".proven/state.half").mkdir()
-    atomic.point(keep, "previous", before or "")
-    atomic.point(keep, "current", "state.half")
-    restoration.restore_files(kept)
-    assert (atomic.target(keep, "current"), atomic.target(keep, "previous")) == (before, None)
+    atomic.point(directory, "previous", before or "")
+    atomic.point(directory, "current", "state.half")
+    restoration.restore_files(saved)
+    assert (atomic.target(directory, "current"), atomic.target(directory, "previous")) == (before, None)
 
 
-# --- a change that was interrupted --------------------------------------------------
-
-
-def test_after_an_interrupted_change_its_beginning_counts(project: Path, docker: Docker) -> None:
+def test_the_snapshot_of_an_interrupted_change_counts(project: Path, docker: Docker) -> None:
     docker.add(OLD)
     take(project)
-    before = found(project / ".env")
+    before = attributes(project / ".env")
     snapshot.note_written(str(project), {str(project / ".env"): b"new"})
     overwrite(project / ".env")
     docker.images["vllm:1"] = "sha256:2"
     del docker.containers[OLD]
     docker.add(NEW)
-    kept = take(project, proven=False, images=("vllm:1", "vllm:3"))
-    assert kept["interrupted"]
-    assert kept["container"]["Id"] == OLD
-    assert kept["images"] == {"vllm:1": "sha256:1", "vllm:3": None}
-    restoration.restore_files(kept)
-    assert found(project / ".env") == before
+    saved = take(project, proven=False, images=("vllm:1", "vllm:3"))
+    assert saved["interrupted"]
+    assert saved["container"]["Id"] == OLD
+    assert saved["images"] == {"vllm:1": "sha256:1", "vllm:3": None}
+    restoration.restore_files(saved)
+    assert attributes(project / ".env") == before
 
 
-def test_what_a_person_has_edited_since_an_interrupted_change_stays(project: Path, docker: Docker) -> None:
+def test_edits_after_an_interrupted_change_stay(project: Path, docker: Docker) -> None:
     docker.add(OLD)
     take(project)
     snapshot.note_written(str(project), {str(project / ".env"): b"new"})
     overwrite(project / ".env")
     (project / ".env").write_bytes(b"new, and what I want")
-    edited = found(project / ".env")
-    kept = take(project, proven=False)
+    edited = attributes(project / ".env")
+    saved = take(project, proven=False)
     overwrite(project / ".env")
-    restoration.restore_files(kept)
-    assert found(project / ".env") == edited
+    restoration.restore_files(saved)
+    assert attributes(project / ".env") == edited
 
 
-def test_files_of_an_interrupted_change_are_not_the_old_servers(project: Path, docker: Docker) -> None:
+def test_files_of_an_interrupted_change_do_not_belong_to_the_old_server(
+    project: Path, docker: Docker
+) -> None:
     docker.add(OLD)
     take(project)
     overwrite(project / ".env")
-    assert take(project, proven=True)["interrupted"]  # it still runs, but not from these
+    assert take(project, proven=True)["interrupted"]
 
 
-def test_a_change_that_came_to_its_end_all_the_same_is_over(project: Path, docker: Docker) -> None:
+def test_a_completed_change_is_not_interrupted(project: Path, docker: Docker) -> None:
     docker.add(OLD)
     take(project)
     del docker.containers[OLD]
     docker.add(NEW)
     assert take(project, proven=True)["container"]["Id"] == NEW
     docker.containers.clear()
-    recorded(project)  # and killed before it could forget
+    recorded(project)  # and killed before it removed its snapshot
     assert snapshot.load(str(project))
     assert take(project, proven=False)["container"] is None
 
 
-# --- the engine ----------------------------------------------------------------------
-
-
-def test_the_container_is_made_again(project: Path, docker: Docker) -> None:
+def test_the_container_is_created_again(project: Path, docker: Docker) -> None:
     docker.add(OLD)
-    kept = take(project)
+    saved = take(project)
     del docker.containers[OLD]
     docker.add(NEW)
-    docker.add("c" * 64, name="aaaaaaaaaaaa_vllm-server")
-    docker.add("d" * 64, name="my-vllm-server")
-    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
+    docker.add("c" * 64, "aaaaaaaaaaaa_vllm-server")
+    docker.add("d" * 64, "my-vllm-server")
+    outcome = restore_engine(saved)
     assert docker.done == [
         f"stop {NEW}", f"rm --force {NEW}", f"stop {'c' * 64}", f"rm --force {'c' * 64}",
         "create vllm-server from vllm:1 as a",
     ]  # fmt: skip
-    assert done.restored == ["the container vllm-server, with the settings that it had"]
-    assert done.removed == ["the container that failed"] * 2
+    assert outcome.restored == ["the container vllm-server, with the settings that it had"]
+    assert outcome.removed == ["the container that failed"] * 2
 
 
-def test_a_name_that_means_another_image_is_not_made_from(project: Path, docker: Docker) -> None:
+def test_the_container_is_created_from_its_image_and_not_from_a_moved_name(
+    project: Path, docker: Docker
+) -> None:
     docker.add(OLD)
-    docker.images["vllm:1"] = "sha256:2"  # moved before this change, by somebody
-    kept = take(project)
+    docker.images["vllm:1"] = "sha256:2"  # moved before this change
+    saved = take(project)
     del docker.containers[OLD]
-    restoration.restore_engine(kept, restoration.Outcome([], [], []))
+    restore_engine(saved)
     assert docker.done == ["create vllm-server from sha256:1 as a"]
 
 
-def test_the_old_container_gets_its_name_back(project: Path, docker: Docker) -> None:
+def test_the_name_of_the_old_container_is_restored(project: Path, docker: Docker) -> None:
     raw = docker.add(OLD)
-    kept = take(project)
-    kept = json.loads(json.dumps(kept))
+    saved = json.loads(json.dumps(take(project)))
     raw["Name"], raw["State"]["Running"] = f"/{OLD[:12]}_vllm-server", False
     docker.add(NEW)
-    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
+    outcome = restore_engine(saved)
     assert docker.done == [f"stop {NEW}", f"rm --force {NEW}", f"rename {OLD} vllm-server"]
-    assert done.restored == ["the name of the container vllm-server"]
+    assert outcome.restored == ["the name of the container vllm-server"]
     raw["Name"] = "/vllm-server"
-    assert restoration.must_start(kept)
+    assert restoration.must_start(saved)
     raw["State"]["Running"] = True
-    assert not restoration.must_start(kept)
+    assert not restoration.must_start(saved)
 
 
-def test_one_that_was_stopped_is_stopped_again_and_not_started(project: Path, docker: Docker) -> None:
+def test_a_container_that_was_stopped_is_stopped_again(project: Path, docker: Docker) -> None:
     raw = docker.add(OLD, running=False)
-    kept = json.loads(json.dumps(take(project)))
+    saved = json.loads(json.dumps(take(project)))
     raw["State"]["Running"] = True
-    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).restored == [
-        "the container vllm-server, stopped as before"
-    ]
+    assert restore_engine(saved).restored == ["the container vllm-server, stopped as before"]
     assert docker.done == [f"stop {OLD}"]
     raw["State"]["Running"] = False
-    assert not restoration.must_start(kept)
+    assert not restoration.must_start(saved)
 
 
-def test_somebody_elses_container_is_not_removed(project: Path, docker: Docker) -> None:
-    kept = take(project)
+def test_a_container_of_another_directory_is_not_removed(project: Path, docker: Docker) -> None:
+    saved = take(project)
     docker.add(NEW, where="/srv/elsewhere")
-    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).removed == []
+    assert restore_engine(saved).removed == []
     assert docker.done == []
 
 
-def test_an_image_gets_its_name_back_and_a_pulled_one_stays(project: Path, docker: Docker) -> None:
-    kept = take(project, images=("vllm:1", "vllm:2"))
+def test_the_name_of_an_image_is_restored_and_a_pulled_image_stays(project: Path, docker: Docker) -> None:
+    saved = take(project, images=("vllm:1", "vllm:2"))
     docker.images.update({"vllm:1": "sha256:2", "vllm:2": "sha256:2"})
-    assert restoration.restore_engine(kept, restoration.Outcome([], [], [])).restored == ["the image vllm:1"]
+    assert restore_engine(saved).restored == ["the image vllm:1"]
     assert docker.done == ["image tag sha256:1 vllm:1"]
 
 
-def test_networks_of_the_change_go_and_those_that_were_there_stay_or_come_back(
-    project: Path, docker: Docker
-) -> None:
+def test_networks_of_the_change_are_removed_and_older_ones_restored(project: Path, docker: Docker) -> None:
     def network(id_: str, name: str, **more: object) -> dict[str, Any]:
         return {"Id": id_, "Name": name, "Labels": {PROJECT: "vllm-gpu"}, "Containers": {}, **more}
 
     docker.networks = [network("1", "stays"), network("2", "gone")]
-    kept = take(project)
+    saved = take(project)
     docker.networks = [
         network("1", "stays"), network("3", "vllm-gpu_default"), network("4", "used", Containers={"x": {}}),
         network("5", "mine", Labels={}),
     ]  # fmt: skip
-    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
+    outcome = restore_engine(saved)
     assert docker.done == ["network rm 3", "create gone"]
-    assert (done.restored, done.removed) == (["the network gone"], ["the network vllm-gpu_default"])
+    assert (outcome.restored, outcome.removed) == (["the network gone"], ["the network vllm-gpu_default"])
 
 
 @pytest.mark.parametrize(
@@ -389,77 +375,59 @@ def test_networks_of_the_change_go_and_those_that_were_there_stay_or_come_back(
         ({"host": {"IpcMode": "container:abc"}}, "its IpcMode is another container's"),
     ],
 )
-def test_what_could_not_be_made_again_is_said_before(
-    docker: Docker, changes: dict[str, Any], reason: str
-) -> None:
-    assert docker
+@pytest.mark.usefixtures("docker")
+def test_a_container_that_could_not_be_created_again(changes: dict[str, Any], reason: str) -> None:
     (found,) = snapshot.obstacles({"container": inspected(**{"config": {"Image": "vllm:1"}, **changes})})
     assert found.startswith(reason)
 
 
-def test_nothing_prevents_what_compose_has_made(docker: Docker) -> None:
+def test_a_container_of_compose_can_be_created_again(docker: Docker) -> None:
     assert snapshot.obstacles({"container": docker.add(OLD)}) == []
     assert snapshot.obstacles({"container": None}) == []
 
 
-def test_one_thing_that_cannot_be_put_back_keeps_no_other(
-    project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = take(project, images=("vllm:1",))
-    docker.images["vllm:1"] = "sha256:2"
-    docker.add(NEW)
-    run = docker.run
+def fail(monkeypatch: pytest.MonkeyPatch, docker: Docker, command: list[str], message: str) -> None:
+    """Let one docker command fail."""
 
-    def failing(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
-        return shell.Output(1, "", "no") if argv[1:3] == ["image", "tag"] else run(argv, **options)
+    def run(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
+        failed = argv[1 : 1 + len(command)] == command
+        return shell.Output(1, "", message) if failed else docker.run(argv, **options)
 
-    monkeypatch.setattr(shell, "run", failing)
-    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
-    assert done.failed == ["`docker image tag sha256:1 vllm:1` failed with exit code 1: no"]
-    assert done.removed == ["the container that failed"]
+    monkeypatch.setattr(shell, "run", run)
 
 
-@pytest.mark.parametrize("step", [["network", "rm"], ["image", "tag"]])
-def test_what_else_fails_costs_no_server(
-    project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch, step: list[str]
+@pytest.mark.parametrize("step", ["network rm 3", "image tag sha256:1 vllm:1"])
+def test_the_server_is_restored_although_another_step_fails(
+    project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     docker.add(OLD)
-    kept = take(project, images=("vllm:1",))
+    saved = take(project)
     del docker.containers[OLD]
     docker.images["vllm:1"] = "sha256:2"
     docker.networks = [
         {"Id": "3", "Name": "vllm-gpu_default", "Labels": {PROJECT: "vllm-gpu"}, "Containers": {}}
     ]
     docker.add(NEW)
-    run = docker.run
-
-    def failing(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
-        return shell.Output(1, "", "no") if argv[1:3] == step else run(argv, **options)
-
-    monkeypatch.setattr(shell, "run", failing)
-    done = restoration.restore_engine(kept, restoration.Outcome([], [], []))
-    assert len(done.failed) == 1
-    assert any("the container vllm-server" in one for one in done.restored)
+    fail(monkeypatch, docker, step.split()[:2], "no")
+    outcome = restore_engine(saved)
+    assert outcome.failed == [f"`docker {step}` failed with exit code 1: no"]
+    assert "the container that failed" in outcome.removed
+    assert "the container vllm-server, with the settings that it had" in outcome.restored
 
 
 @pytest.mark.parametrize("step", ["stop", "rm"])
-def test_an_engine_that_goes_away_in_the_middle_is_no_failed_step(
+def test_a_docker_engine_that_goes_away_is_not_a_failed_step(
     project: Path, docker: Docker, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    kept = take(project)
+    saved = take(project)
     docker.add(NEW)
-    run = docker.run
-
-    def away(argv: list[str], **options: Any) -> shell.Output:  # noqa: ANN401
-        answer = shell.Output(1, "", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
-        return answer if argv[1] == step else run(argv, **options)
-
-    monkeypatch.setattr(shell, "run", away)
+    fail(monkeypatch, docker, [step], "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
     with pytest.raises(docker_command.Unanswered):
-        restoration.restore_engine(kept, restoration.Outcome([], [], []))
+        restore_engine(saved)
 
 
-def test_an_engine_that_is_away_is_waited_for(docker: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("docker")
+def test_a_docker_engine_that_restarts_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([docker_command.Unanswered("away"), docker_command.Unanswered("away"), None])
 
     def inspect() -> None:
@@ -467,7 +435,6 @@ def test_an_engine_that_is_away_is_waited_for(docker: Docker, monkeypatch: pytes
         if answer:
             raise answer
 
-    assert docker
     monkeypatch.setattr(container, "inspect", inspect)
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     restoration.wait_for_engine(10)

@@ -1,4 +1,4 @@
-"""What others could have planted is not read, and nothing that is read keeps the play waiting."""
+"""Files that others could change are not read, and no file blocks the play."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(path: Path, named: Path) -> None:
     assert f" root: {named}" in str(refusal.value)
 
 
-def test_a_file_of_ours_is_read(env: Path) -> None:
+def test_a_trusted_file_is_read(env: Path) -> None:
     found = trust.read(str(env))
     assert found
     assert (found.content, found.status.st_mode & 0o777) == (b"A=1\n", 0o640)
@@ -46,13 +46,13 @@ def test_a_file_that_everybody_can_write(env: Path, mode: int) -> None:
 def test_a_directory_that_everybody_can_write_on_the_way(env: Path, level: int) -> None:
     env.parents[level].chmod(0o777)
     refused(env, env.parents[level])
-    env.parents[level].chmod(0o1777)  # as /tmp is: nobody can replace what is another's
+    env.parents[level].chmod(0o1777)  # as /tmp: nobody can replace another user's file
     assert trust.read(str(env))
 
 
 @as_root
 @pytest.mark.parametrize("level", [None, 0, 1])
-def test_what_somebody_else_owns(env: Path, level: int | None) -> None:
+def test_a_path_that_another_user_owns(env: Path, level: int | None) -> None:
     named = env if level is None else env.parents[level]
     os.chown(named, 1234, -1)
     refused(env, named)
@@ -68,7 +68,7 @@ def test_a_group_that_can_write(env: Path) -> None:
     assert trust.read(str(env))
 
 
-def test_a_link_is_followed_and_where_it_leads_is_checked(env: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_checked(env: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     target = elsewhere / "real"
@@ -86,7 +86,7 @@ def test_a_link_is_followed_and_where_it_leads_is_checked(env: Path, tmp_path: P
 
 
 @as_root
-def test_a_link_of_somebody_else_in_a_sticky_directory(tmp_path: Path) -> None:
+def test_a_link_of_another_user_in_a_sticky_directory(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     link = tmp_path / "project"
     link.symlink_to("/etc")
@@ -95,13 +95,13 @@ def test_a_link_of_somebody_else_in_a_sticky_directory(tmp_path: Path) -> None:
     refused(link / "hostname", link)
 
 
-def test_a_link_to_itself_ends(tmp_path: Path) -> None:
+def test_a_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("a")
     with pytest.raises(Problem, match="Too many levels of symbolic links"):
         trust.read(str(tmp_path / "a"))
 
 
-def test_what_is_no_file(env: Path) -> None:
+def test_a_path_that_is_not_a_file(env: Path) -> None:
     env.unlink()
     os.mkfifo(env)
     with pytest.raises(Problem, match="is not a regular file"):
@@ -114,7 +114,7 @@ def test_what_is_no_file(env: Path) -> None:
         trust.read("/etc/hostname/.env")
 
 
-def test_a_file_without_end(env: Path) -> None:
+def test_a_file_that_is_too_large(env: Path) -> None:
     env.write_bytes(b"x" * (1 << 20))
     assert trust.read(str(env))
     env.write_bytes(b"x" * (1 << 20) + b"x")
