@@ -12,7 +12,7 @@ from .shell import Problem
 
 # An index, the UUID of a card or a MIG instance, or a PCI bus id.
 _ID = re.compile(
-    r"(0|[1-9][0-9]{0,2})|(GPU|MIG)-[0-9A-Z/-]{1,80}|((?P<domain>[0-9A-F]{4,8}):)?(?P<bus>[0-9A-F]{2}:[0-9A-F]{2}\.[0-7])",
+    r"(?P<index>0|[1-9][0-9]{0,2})|(GPU|MIG)-[0-9A-Z/-]{1,80}|((?P<domain>[0-9A-F]{4,8}):)?(?P<bus>[0-9A-F]{2}:[0-9A-F]{2}\.[0-7])",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -23,6 +23,12 @@ def canonical(name: str) -> str | None:
     if match and match["bus"]:
         name = f"{(match['domain'] or '').zfill(8)}:{match['bus']}"
     return name.lower() if match else None
+
+
+def is_index(name: str) -> bool:
+    """Return whether an id is an index, which may mean another card after a reboot."""
+    match = _ID.fullmatch(name)
+    return bool(match and match["index"])
 
 
 def describe(gpus: Sequence[Mapping[str, Any]]) -> str:

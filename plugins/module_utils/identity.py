@@ -26,7 +26,7 @@ def check_drift(context: Context) -> str | None:
         return None
     then = last["gpu"]
     requested = context.state["gpu_device_id"] or last["requested"]
-    if not requested.isdigit() or then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
+    if not gpus.is_index(requested) or then["index"] != gpu["index"] or then["uuid"] == gpu["uuid"]:
         return None
     return (
         f"GPU {gpu['index']} is another card than it was: {then['name']} ({then['uuid']}) when the server was proven at "
@@ -41,9 +41,9 @@ def check_training_ids(context: Context) -> str | None:
     names = filter(None, (str(name).strip() for name in context.training_gpus))
     cards = context.state["gpus"]
     lost = [name for name in names if not any(gpus.is_called(gpu, name) for gpu in cards)]
-    if any(name.startswith("MIG-") for name in lost):
-        instances = {uuid for _card, _profile, uuid in gpus.instances()}
-        lost = [name for name in lost if name not in instances]
+    if lost:
+        instances = {gpus.canonical(uuid) for _card, _profile, uuid in gpus.instances()}
+        lost = [name for name in lost if gpus.canonical(name) not in instances]
     if not lost:
         return None
     return (

@@ -61,4 +61,4 @@ def read_cards(gpu_device_id: str | None, wanted: Mapping[str, Any], state: dict
         return
     state["gpu"] = gpus.find(gpu_device_id, verdict)
     # Other ids become the UUID, which Docker understands and a reboot doesn't change.
-    state["gpu_device_id"] = gpu_device_id if gpu_device_id.isdigit() else state["gpu"]["uuid"]
+    state["gpu_device_id"] = gpu_device_id if gpus.is_index(gpu_device_id) else state["gpu"]["uuid"]

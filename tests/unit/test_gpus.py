@@ -45,19 +45,24 @@ def test_any_other_text_is_refused(requested: str) -> None:
 
 @pytest.mark.parametrize(
     "requested",
-    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "True", "\uff11", "²", "9" * 400, "1\x00", "$(id)", UUIDS[0][:12]],
+    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "True", "\uff11", "1\uff11", "²", "9" * 400, "1\x00", "$(id)"],
 )  # fmt: skip
-def test_ids_that_are_refused(requested: str) -> None:
-    refused(requested)
+def test_texts_that_are_not_ids(requested: str) -> None:
+    assert "which is not the id of one GPU" in refused(requested)
 
 
-def refused(requested: str) -> None:
+def test_an_id_of_no_card() -> None:
+    assert "but this host has no such GPU" in refused(UUIDS[0][:12])
+
+
+def refused(requested: str) -> str:
     with pytest.raises(Problem) as refusal:
         gpus.find(requested, {"gpus": GPUS, "expected": None})
     text = str(refusal.value)
     assert f"Choose 0 (Card 0, {UUIDS[0]}) or 1 (Card 1, {UUIDS[1]})." in text
     # No control character of the input reaches a terminal.
     assert text.isprintable()
+    return text
 
 
 def test_a_row_that_could_not_be_parsed_matches_no_id() -> None:

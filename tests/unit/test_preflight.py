@@ -232,7 +232,12 @@ def test_an_empty_text_sets_nothing_aside() -> None:
 
 @pytest.mark.parametrize(
     ("uuid", "exists"),
-    [("MIG-41b3359c-e721-56e5-8009-12e5797ed514", True), ("MIG-41b3359c", False), ("MIG-", False)],
+    [
+        ("MIG-41b3359c-e721-56e5-8009-12e5797ed514", True),
+        ("mig-41b3359c-e721-56e5-8009-12e5797ed514", True),
+        ("MIG-41b3359c", False),
+        ("MIG-", False),
+    ],
 )
 def test_an_instance_that_is_set_aside(monkeypatch: pytest.MonkeyPatch, uuid: str, exists: bool) -> None:  # noqa: FBT001
     prints(monkeypatch, BOTH)

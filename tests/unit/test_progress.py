@@ -120,7 +120,7 @@ def test_refused_and_unreachable_before_any_change(feed: Feed) -> None:
     feed.task("a", "fail", "failed", msg="No such GPU. Choose 0.")
     # The play ignores it here, so that it is refused with the others and not counted as dark.
     feed.task("b", "server_info", "unreachable", msg="ssh: no route")
-    feed.task("b", "fail", "failed", msg="It can not be reached.")
+    feed.task("b", "fail", "failed", msg="It cannot be reached.")
     feed.task("c", "server_info", **host_state(0))
     assert feed.end(failures={"a": 1, "b": 1}) == {"a": "refused", "b": "unreachable", "c": "untouched"}
     assert feed.rollout.outcome() == "refused"

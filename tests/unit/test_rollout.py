@@ -213,6 +213,6 @@ def test_the_playbook_refuses_waves_before_any_host_is_read(hosts: Path, waves: 
     play: list[str | Path] = [BIN / "ansible-playbook", "-i", hosts, "playbooks/rollout.yml", "-e", values]
     done = subprocess.run(play, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    message = f"vllm_gpu_waves is {json.dumps(waves)}, but has to be a list of whole numbers"
+    message = f"vllm_gpu_waves is {json.dumps(waves)}, but must be a list of whole numbers"
     assert message in " ".join(done.stdout.split())
     assert done.stdout.count("TASK [") == 1
