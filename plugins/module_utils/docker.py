@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Call docker; no other file of this collection does."""
+"""Run the docker command; no other Python file does."""
 
 from __future__ import annotations
 

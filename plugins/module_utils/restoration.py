@@ -10,7 +10,7 @@ import shutil
 import time
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from . import atomic, container, docker, engine, gpus, paths, shell, snapshot
+from . import atomic, container, docker, engine_api, gpus, paths, shell, snapshot
 from .container import CONTAINER, PROJECT_LABEL
 from .shell import Problem
 
@@ -146,7 +146,7 @@ def _make_networks(saved: Mapping[str, Any], done: Outcome) -> None:
     }
     for network in saved["networks"]:
         if network["Name"] not in names:
-            engine.create_network(network)
+            engine_api.create_network(network)
             done.restored.append(f"the network {network['Name']}")
 
 
@@ -174,7 +174,7 @@ def _restore_container(saved: Mapping[str, Any], done: Outcome) -> None:
         # By its name, which `docker ps` shows, if that still means the same image.
         name = before["Config"]["Image"]
         image = name if container.image_id(name) == before["Image"] else before["Image"]
-        engine.create(before, CONTAINER, image)
+        engine_api.create(before, CONTAINER, image)
         done.restored.append(f"the container {CONTAINER}, with the settings that it had")
         return
     if now["Name"] != before["Name"]:

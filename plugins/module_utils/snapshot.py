@@ -17,7 +17,7 @@ import stat
 import time
 from typing import Any, Mapping, Sequence
 
-from . import atomic, container, docker, engine, paths, record, trust
+from . import atomic, container, docker, engine_api, paths, record, trust
 from .container import PROJECT, PROJECT_LABEL
 from .shell import Problem
 
@@ -147,7 +147,7 @@ def _as_found(project_dir: str, images: Sequence[str]) -> dict[str, Any]:
     attached: list[str] = []
     if found:
         images.append(found["Config"]["Image"])
-        attached = list(engine.networks_of(found))
+        attached = list(engine_api.networks_of(found))
     return {
         "project_dir": project_dir,
         "taken_at": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     atomic,
     container,
-    engine,
+    engine_api,
     record,
     restoration,
     shell,
@@ -21,7 +21,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
 )
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import docker as docker_command
 
-from tests.unit.test_engine import inspected
+from tests.unit.test_engine_api import inspected
 
 OLD, NEW = "a" * 64, "b" * 64
 PROJECT = "com.docker.compose.project"
@@ -90,8 +90,8 @@ class Docker:
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Docker:
     fake = Docker(tmp_path / "new/project")
     monkeypatch.setattr(shell, "run", fake.run)
-    monkeypatch.setattr(engine, "create", fake.create)
-    monkeypatch.setattr(engine, "create_network", lambda row: fake.done.append(f"create {row['Name']}"))
+    monkeypatch.setattr(engine_api, "create", fake.create)
+    monkeypatch.setattr(engine_api, "create_network", lambda row: fake.done.append(f"create {row['Name']}"))
     return fake
 
 

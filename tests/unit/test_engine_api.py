@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import engine_api
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.docker import Unanswered
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils.shell import Problem
 
@@ -53,7 +53,7 @@ def test_the_creation_has_all_settings_and_no_identity() -> None:
     raw = inspected()
     own = ("Hostname", "MacAddress")
     endpoint = {"Aliases": ["vllm-server", "vllm"]}
-    assert engine.creation(raw, "sha256:1") == {
+    assert engine_api.creation(raw, "sha256:1") == {
         **{key: value for key, value in raw["Config"].items() if key not in own},
         "Image": "sha256:1",
         "HostConfig": raw["HostConfig"],
@@ -62,13 +62,13 @@ def test_the_creation_has_all_settings_and_no_identity() -> None:
 
 
 def test_a_chosen_hostname_stays() -> None:
-    assert engine.creation(inspected(config={"Hostname": "by-hand"}), "i")["Hostname"] == "by-hand"
+    assert engine_api.creation(inspected(config={"Hostname": "by-hand"}), "i")["Hostname"] == "by-hand"
 
 
 def test_a_fixed_address_stays() -> None:
     raw = inspected()
     raw["NetworkSettings"]["Networks"]["vllm-gpu_default"]["IPAMConfig"] = {"IPv4Address": "172.18.0.9"}
-    (endpoint,) = engine.creation(raw, "i")["NetworkingConfig"]["EndpointsConfig"].values()
+    (endpoint,) = engine_api.creation(raw, "i")["NetworkingConfig"]["EndpointsConfig"].values()
     assert endpoint["IPAMConfig"] == {"IPv4Address": "172.18.0.9"}
 
 
@@ -76,7 +76,7 @@ def test_a_fixed_address_stays() -> None:
 def test_a_builtin_network_has_no_aliases(mode: str) -> None:
     attached = {mode: {"IPAMConfig": None, "Aliases": None, "EndpointID": "e"}}
     raw = inspected(host={"NetworkMode": mode}, NetworkSettings={"Networks": attached})
-    assert engine.creation(raw, "i")["NetworkingConfig"] == {"EndpointsConfig": {}}
+    assert engine_api.creation(raw, "i")["NetworkingConfig"] == {"EndpointsConfig": {}}
 
 
 @pytest.mark.parametrize(("writable", "mode"), [(True, "rw"), (False, "ro")])
@@ -85,7 +85,7 @@ def test_an_anonymous_volume_is_mounted_again(writable: bool, mode: str) -> None
     raw = inspected(host={"Binds": ["/srv:/models:ro"]})
     raw["Mounts"].append(mount)
     binds = ["/srv:/models:ro", f"{ANONYMOUS}:/data:{mode}"]
-    assert engine.creation(raw, "i")["HostConfig"]["Binds"] == binds
+    assert engine_api.creation(raw, "i")["HostConfig"]["Binds"] == binds
     assert raw["HostConfig"]["Binds"] == binds[:1]  # the snapshot is unchanged
 
 
@@ -116,8 +116,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(engine, "SOCKET", str(tmp_path / "docker.sock"))
-    with Engine(engine.SOCKET, Handler) as server:
+    monkeypatch.setattr(engine_api, "SOCKET", str(tmp_path / "docker.sock"))
+    with Engine(engine_api.SOCKET, Handler) as server:
         server.calls = []
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
@@ -127,16 +127,16 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 def test_it_is_created_under_its_name_and_on_all_its_networks(daemon: Engine) -> None:
     raw = inspected()
     raw["NetworkSettings"]["Networks"]["second"] = {"Aliases": ["other"], "EndpointID": "e"}
-    assert engine.create(raw, "vllm-server", "sha256:1") == "new"
+    assert engine_api.create(raw, "vllm-server", "sha256:1") == "new"
     assert daemon.calls == [
-        ("/containers/create?name=vllm-server", engine.creation(raw, "sha256:1")),
+        ("/containers/create?name=vllm-server", engine_api.creation(raw, "sha256:1")),
         ("/networks/second/connect", {"Container": "new", "EndpointConfig": {"Aliases": ["other"]}}),
     ]
 
 
 def test_a_network_is_created_with_its_labels(daemon: Engine) -> None:
     settings = {"Name": "n", "Driver": "bridge", "Labels": {"a": "b"}}
-    engine.create_network({**settings, "Id": "1", "Containers": {}, "Created": "x"})
+    engine_api.create_network({**settings, "Id": "1", "Containers": {}, "Created": "x"})
     assert daemon.calls == [("/networks/create", settings)]
 
 
@@ -144,11 +144,11 @@ def test_a_network_is_created_with_its_labels(daemon: Engine) -> None:
 def test_a_refusal_is_quoted(daemon: Engine, answer: bytes) -> None:
     daemon.status, daemon.answer = 404, answer
     with pytest.raises(Problem) as problem:
-        engine.create(inspected(), "vllm-server", "i")
+        engine_api.create(inspected(), "vllm-server", "i")
     assert str(problem.value).endswith("/containers/create?name=vllm-server: no such image")
 
 
 def test_no_answer_is_not_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "SOCKET", str(tmp_path / "none"))
+    monkeypatch.setattr(engine_api, "SOCKET", str(tmp_path / "none"))
     with pytest.raises(Unanswered, match="The Docker Engine gave no answer"):
-        engine.create(inspected(), "vllm-server", "i")
+        engine_api.create(inspected(), "vllm-server", "i")
