@@ -61,7 +61,7 @@ class Row:
     """One fault and its expected result."""
 
     fault: str
-    reports: str  # a regular expression, which only this fault's message matches
+    reports: str  # a regular expression; where the play fails, only this fault's message matches it
     prepare: Step = nothing
     variables: dict[str, object] = field(default_factory=dict)
     cure: Step = nothing
@@ -77,7 +77,7 @@ def other_cards(change: Callable[[dict[str, object], dict[str, object]], None]) 
     def step(host: GpuHost) -> None:
         cards = json.loads(CARDS.read_text(encoding="utf-8"))
         change(*cards["cards"])
-        path = ROOT / ".cache/other-cards.json"
+        path = ROOT / f".cache/{host.name}-cards.json"
         path.write_text(json.dumps(cards), encoding="utf-8")
         gpuhost("cards", host.name, str(path))
 
@@ -98,7 +98,7 @@ def while_it_runs(line_with: str, act: Step) -> Run:
 
     def run(host: GpuHost, variables: dict[str, object]) -> Result:
         words = ["ansible-playbook", "serve.yml", "-e", json.dumps({"gpu_device_id": "1", **variables})]
-        output, acted = "", False
+        output, acted, going_on = "", False, None
         with subprocess.Popen(
             words, cwd=ROOT, env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
@@ -111,17 +111,21 @@ def while_it_runs(line_with: str, act: Step) -> Run:
                     if act is kill:
                         kill_tree(process.pid)
                     else:
-                        act(host)
+                        going_on = act(host)
+        if isinstance(going_on, threading.Thread):
+            going_on.join()
         assert acted, output
         return Result(process.returncode, output)
 
     return run
 
 
-def docker_away(host: GpuHost) -> None:
+def docker_away(host: GpuHost) -> threading.Thread:
     """Stop Docker for 8 s while the play continues, as an upgrade of its package does."""
     gpuhost("engine", host.name, "stop")
-    threading.Timer(8, lambda: gpuhost("engine", host.name, "start")).start()
+    back = threading.Timer(8, lambda: gpuhost("engine", host.name, "start"))
+    back.start()
+    return back
 
 
 def kill(_host: GpuHost) -> None:
@@ -162,8 +166,10 @@ def served_then_verified(*fault: str) -> Run:
         done = play(host, variables)
         assert done.code == 0, done.output
         host.fault(*fault)
-        while (result := host.play("playbooks/verify.yml")).code == 0:
-            time.sleep(0.5)
+        for _ in range(20):
+            result = host.play("playbooks/verify.yml")
+            if result.code:
+                break
         host.cure()
         host.wait_healthy()
         return result
@@ -236,6 +242,11 @@ REGISTRY = (
     f"{{ python3 -c {shlex.quote((ROOT / 'tests/faults/registry.py').read_text(encoding='utf-8'))} >/dev/null 2>&1 & sleep 1; }}"
 )
 NO_REGISTRY = "pkill -f '^python3 -c .*A registry on loopback'; rm -rf /etc/docker/certs.d"
+# What a play that failed reports about the host, one way or another.
+ENDS = (
+    "was left as it is, because|serves as before|is as it was before|HAS NO PROVEN SERVER NOW|"
+    "the server is not proven|is changing this server"
+)
 SUCCESS = r"(?s)runs on GPU 1 .{0,120}and on no other"
 
 ROWS = [
@@ -331,10 +342,11 @@ ROWS = [
     Row("a directory that a plain user owns", rf"{DIRECTORY} \(owner .*can be changed by others than root", on_host(f"chown ops {DIRECTORY}"), cure=on_host(f"chown root {DIRECTORY}")),
     Row("a record that others could write", r"record\.json \(owner .*can be changed by others than root", on_host(f"chmod o+w {DIRECTORY}/.proven/current/record.json"), cure=on_host(f"chmod o-w {DIRECTORY}/.proven/current/record.json")),
     Row("a record that can't be read", "its record.json is not JSON of the expected form", on_host(f"cp -a {DIRECTORY}/.proven/current/record.json /root/ && echo '{{' >{DIRECTORY}/.proven/current/record.json"), cure=on_host(f"cp -a /root/record.json {DIRECTORY}/.proven/current/")),
-    Row("a record that leads elsewhere", "it leads to /tmp", on_host(f"ln -sfn /tmp {DIRECTORY}/.proven/current")),
-    Row("a directory of records that a plain user owns", r"\.proven \(owner .*can be changed by others than root", on_host(f"chown ops {DIRECTORY}/.proven")),
-    Row("a .env that anyone can write", r"\.env \(owner .*mode 0666\) can be changed by others than root", on_host(f"chmod 666 {DIRECTORY}/.env")),
-    Row("bad model, and a key in .env that was not applied yet", "serves as before: Qwen/Qwen3-0.6B on GPU 0", on_host(NOT_APPLIED), variables=NOWHERE),
+    Row("a record that leads elsewhere", "it leads to /tmp", on_host(f"cd {DIRECTORY}/.proven && cp -P current /root/link && ln -sfn /tmp current"),
+        cure=on_host(f"cp -P --remove-destination /root/link {DIRECTORY}/.proven/current")),
+    Row("a directory of records that a plain user owns", r"\.proven \(owner .*can be changed by others than root", on_host(f"chown ops {DIRECTORY}/.proven"), cure=on_host(f"chown root {DIRECTORY}/.proven")),
+    Row("a .env that anyone can write", r"\.env \(owner .*mode 0666\) can be changed by others than root", on_host(f"chmod 666 {DIRECTORY}/.env"), cure=on_host(f"chmod 600 {DIRECTORY}/.env")),
+    Row("bad model, and a key in .env that was not applied yet", r"(?s)serves as before: .*Restored:\s+/opt/vllm-gpu/\.env,\s.*check_gpu_allocation\.sh,\s.*the container\s+vllm-server", on_host(NOT_APPLIED), variables=NOWHERE),
     Row("bad model, and a server that was started by hand with other settings", "serves as before: Qwen/Qwen3-0.6B on GPU 1", on_host(BY_HAND), variables={**NOWHERE, "gpu_device_id": "0"}, serves="1"),
     Row("bad model, and a server that was stopped", "is as it was before, which was not proven: The container is exited", on_host("docker stop vllm-server"), variables=NOWHERE, serves=""),
     Row("bad model, and the Docker Engine restarts while the old server is restored", "serves as before: Qwen/Qwen3-0.6B on GPU 0", variables=NOWHERE, run=while_it_runs(RESTORING, docker_away)),
@@ -362,12 +374,17 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     host = started
     host.restore()
     row.prepare(host)
-    before, container, made = digests(host), host.container(), host.made_from()
+    before, everything, made = digests(host), (host.files(), host.container()), host.made_from()
 
     result = row.run(host, row.variables)
     changed = differing(before, digests(host))
     if "was left as it is, because" in result.output:
-        assert host.container() == container
+        assert (host.files(), host.container()) == everything
+    if not row.succeeds:
+        (ending,) = re.findall(ENDS, result.output)[:1] or ["none"]
+        # What could not be restored yet is kept for the next play.
+        kept = host.ssh.file(f"{DIRECTORY}/.proven/before.json").exists
+        assert (ending != "none", kept) == (True, ending.startswith("HAS NO")), result.output
     row.cure(host)
 
     match = re.search(row.reports, result.output)
@@ -385,9 +402,9 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     if re.search("serves as before|is as it was before", result.output):
         assert host.made_from() == made
 
-    # Running the play again is all that is needed. (Where the host was left as it
-    # is, the next row's play shows the same.)
+    # Running the play again is all that is needed.
     host.cure()
-    if not row.succeeds and (serves != "0" or changed):
-        host.serve(gpu_device_id=1)
-        assert host.served_gpu() == "1"
+    if not row.succeeds:
+        gpu = "1" if serves != "0" or changed else "0"
+        host.serve(gpu_device_id=gpu)
+        assert host.served_gpu() == gpu

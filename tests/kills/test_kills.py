@@ -125,7 +125,8 @@ def test_the_next_play_repairs_the_host(
         task = kill_a_play(host, new, after, killer)
         after *= 0.8
     assert files_are_complete(host)
-    left = settled(host)
+    # Every other time the next play overlaps with what the killed one left running.
+    left = settled(host) if number % 2 else answering_gpu(host)
     # The record names the server that was proven last.
     record = host.ssh.check_output(f"cat {DIRECTORY}/.proven/current/record.json")
     proven = "1" if '"requested": "1"' in record else "0"
