@@ -99,7 +99,7 @@ collection: .cache/publish/.done ## galaxy-importer, ansible-test sanity and the
 
 .PHONY: changelog
 changelog: .cache/publish/.done ## Write changelogs/fragments into CHANGELOG.rst, under galaxy.yml's version
-	@.cache/publish/bin/antsibull-changelog release --update-existing
+	@.cache/publish/bin/antsibull-changelog release --update-existing --reload-plugins
 
 .PHONY: browser
 browser: .venv/.dev ## Test the rollout's report in a real browser
@@ -112,7 +112,7 @@ pictures: .venv/.dev ## Make the pictures in docs/pictures again, from the examp
 	@$(call step,The pictures, PYTHONPATH=.:scripts:collections $(BIN)/python -m tests.pictures)
 
 .PHONY: faults
-faults: .venv/.dev machine ## The fault matrix: break the host in every way, and see what serves
+faults: .venv/.dev machine ## The fault matrix: break the host in every way, and check what serves
 	@$(call step,The fault matrix, $(BIN)/pytest -vv tests/faults)
 	@cat .cache/faults.md
 
@@ -123,7 +123,7 @@ kills: .venv/.dev machine ## Kill KILLS=30 plays at random moments; the next one
 
 # Not within `step`: they print their tables row by row, for minutes or hours.
 .PHONY: bench
-bench: .venv/.dev machine ## Measure serve.yml and the referee beside what one would use instead
+bench: .venv/.dev machine ## Measure serve.yml and the referee compared with the alternatives
 	@$(BIN)/python tests/bench/serve.py
 
 .PHONY: bench-fleet
@@ -136,7 +136,7 @@ acceptance: .venv/.dev machine ## Real vLLM (its CPU build) on a simulated GPU h
 	@cat .cache/acceptance.md
 
 .PHONY: acceptance-gpu
-acceptance-gpu: venv ## On your own GPU host: serve on each of GPUS=0,1 and write down what was seen
+acceptance-gpu: venv ## On your own GPU host: serve on each of GPUS=0,1 and record the evidence
 	@$(BIN)/ansible-playbook $(if $(INVENTORY),--inventory $(INVENTORY)) $(if $(HOST),--limit $(HOST)) \
 	  playbooks/acceptance.yml -e vllm_gpu_acceptance_gpus=$(GPUS) $(ARGS)
 

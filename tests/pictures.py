@@ -37,7 +37,7 @@ def terminal(hosts: int, seconds: float) -> str:
     view = Terminal(rollout(hosts))
     view.rollout.notify = view
     view.console = Screen(record=True, width=80, highlight=False, file=io.StringIO(), force_terminal=True)
-    view.console.print("$ scripts/rollout -e gpu_device_id=1")
+    view.console.print("$ scripts/rollout -i ../fleet/hosts.yml -e gpu_device_id=1")
     view.started = time.monotonic() - seconds
     shift = datetime.now(UTC) - START - timedelta(seconds=seconds)
     for event in events(hosts, kinds=("changed", "already_right")):

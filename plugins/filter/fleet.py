@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from ansible.errors import AnsibleFilterError
 
 # Ansible reads 0 and negative numbers as all hosts at once.
 _WAVE = re.compile(r"[1-9][0-9]{0,5}|([1-9][0-9]?|100)%")
@@ -21,13 +18,13 @@ def is_wave(size: object) -> bool:
     return bool(_WAVE.fullmatch(str(size)))
 
 
-def waves(sizes: object) -> Sequence[object]:
-    """Return the sizes of waves, if all are valid."""
-    if not isinstance(sizes, str) and isinstance(sizes, Sequence) and sizes and all(map(is_wave, sizes)):
-        return sizes
-    raise AnsibleFilterError(
-        f"vllm_gpu_waves is {json.dumps(sizes)}, but must be a list of whole numbers from 1 to 999999 and of "
-        "percentages from 1% to 100%, such as [1, '10%', '50%']. No host was touched."
+def are_waves(sizes: object) -> bool:
+    """Return whether it is a list of sizes of waves."""
+    return (
+        not isinstance(sizes, str)
+        and isinstance(sizes, Sequence)
+        and bool(sizes)
+        and all(map(is_wave, sizes))
     )
 
 
@@ -100,4 +97,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by their names."""
-        return {"waves": waves, "twins": twins, "status_table": status_table}
+        return {"are_waves": are_waves, "twins": twins, "status_table": status_table}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.plugins.lookup import LookupBase
 
 _SPECS = Path(__file__).resolve().parents[2] / "roles/vllm_gpu/meta/argument_specs.yml"
@@ -25,13 +25,13 @@ _OF_PLAYBOOKS = {
     *("vllm_gpu_waves", "vllm_gpu_stop_file", "vllm_gpu_rollout", "vllm_gpu_hosts"),
     *("vllm_gpu_acceptance_gpus", "vllm_gpu_acceptance_file", "vllm_gpu_acceptance_replace"),
 }
-# Also names in env.example.
+# Besides vllm_gpu_*: spellings of gpu_device_id, and keys of .env.
 _LIKE_OURS = re.compile(r"vllm_gpu_|(?i:gpu_?(id|device|device_?ids?)\Z)|(VLLM_[A-Z_]+|HF_CACHE|HF_TOKEN)\Z")
 
 
 def unknown(variables: Mapping[str, Any]) -> Iterator[str]:
     """Yield a problem for each unknown variable, and for what is left of -e "KEY=a --b 1", split at each space."""
-    specs = yaml.safe_load(_SPECS.read_text(encoding="utf-8"))["argument_specs"]
+    specs = yaml_load(_SPECS.read_text(encoding="utf-8"))["argument_specs"]
     known = _OF_PLAYBOOKS | specs["main"]["options"].keys()
     for name in variables:
         if _LIKE_OURS.match(name) and name not in known:

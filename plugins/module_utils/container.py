@@ -22,6 +22,10 @@ _DIRECTORY_LABEL = PROJECT_LABEL + ".working_dir"
 _HASH_LABEL = "com.docker.compose.config-hash"
 _NUMBER_LABEL = "com.docker.compose.container-number"
 
+_IN_CHANGE = (
+    f"The container {CONTAINER} was replaced or removed while it was being checked: another program is changing it, "
+    "or the Docker Engine is stopping. Run the play again."
+)
 _OWN_REQUESTS = re.compile(r'"GET /(health|v1/models) HTTP')
 
 
@@ -34,7 +38,10 @@ def inspect(name: str = CONTAINER) -> dict[str, Any] | None:
 def find() -> list[dict[str, Any]]:
     """Describe the containers with the server's name, running or not: none, one, or two while Compose recreates it."""
     ids = docker.ask(["ps", "--all", "--quiet", "--no-trunc", "--filter", f"name=^/?{_OWN_NAME}$"]) or ""
-    return [describe(raw) for raw in map(inspect, ids.split()) if raw]
+    found = [inspect(name) for name in ids.split()]
+    if None in found:
+        raise Problem(_IN_CHANGE)
+    return [describe(raw) for raw in found if raw]
 
 
 def environment(raw: Mapping[str, Any] | None) -> dict[str, str]:
@@ -147,9 +154,6 @@ def check_owner(containers: Iterable[Mapping[str, Any]], project_dir: str) -> No
 def check_judged(found: Mapping[str, Any] | None, judged: str | None) -> None:
     """Raise Problem unless the container is the one that the referee has just `judged`, and isn't paused."""
     if judged and (found is None or found["id"] != judged):
-        raise Problem(
-            f"The container {CONTAINER} was replaced or removed while it was being checked: another program is "
-            "changing it, or the Docker Engine is stopping. Run the play again."
-        )
+        raise Problem(_IN_CHANGE)
     if found and found["status"] == "paused":
         raise Problem(f"The container {CONTAINER} is paused. Resume it with: docker unpause {CONTAINER}")

@@ -25,6 +25,11 @@ def canonical(name: str) -> str | None:
     return name.lower() if match else None
 
 
+def as_listed(name: str) -> str:
+    """Return an id with its prefix spelled as nvidia-smi spells it."""
+    return name[:4].upper() + name[4:] if name[:4].lower() in ("gpu-", "mig-") else name
+
+
 def is_index(name: str) -> bool:
     """Return whether an id is an index, which may mean another card after a reboot."""
     match = _ID.fullmatch(name)

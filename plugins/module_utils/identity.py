@@ -42,7 +42,7 @@ def check_training_ids(context: Context) -> str | None:
     cards = context.state["gpus"]
     lost = [name for name in names if not any(gpus.is_called(gpu, name) for gpu in cards)]
     if lost:
-        instances = {gpus.canonical(uuid) for _card, _profile, uuid in gpus.instances()}
+        instances = {gpus.canonical(uuid) for _card, _profile, uuid in gpus.instances()} - {None}
         lost = [name for name in lost if gpus.canonical(name) not in instances]
     if not lost:
         return None

@@ -55,6 +55,6 @@ def failing(module: Any, project_dir: str, *, done: str = "written") -> Iterator
         module.fail_json(msg=hidden(str(problem), project_dir))
     except OSError as error:
         module.fail_json(
-            msg=f"{error.filename or project_dir} could not be {done}: {error.strerror}. Correct that, for example by "
-            "freeing space, and run the play again."
+            msg=f"{error.filename or project_dir} could not be {done}: {error.strerror}. Correct that (is the disk full, "
+            "or mounted read-only?), and run the play again."
         )

@@ -18,7 +18,7 @@ def doubts(state: Mapping[str, Any]) -> list[str]:
         return [f"The container is {found['status']}, not running."]
     reasons = []
     if len(found["requested"]) != 1 or state["gpu"] is None:
-        reasons.append("The container did not request exactly one GPU.")
+        reasons.append("The container did not request exactly one GPU of this host.")
     if state["recreate"]:
         reasons.append("The container was created from other settings or another image.")
     if state["referee"]["code"] != 0:

@@ -48,7 +48,7 @@ def read_cards(gpu_device_id: str | None, wanted: Mapping[str, Any], state: dict
     """Run the referee; fill in `referee`, `gpus`, `gpu` and `gpu_device_id`."""
     # Only the id of one GPU reaches a command.
     plain = gpu_device_id is not None and gpus.canonical(gpu_device_id)
-    verdict = ask(wanted["referee"], gpu_device_id if plain else None)
+    verdict = ask(wanted["referee"], gpus.as_listed(str(gpu_device_id)) if plain else None)
     state["referee"] = {key: verdict.get(key) for key in VERDICT}
     state["gpus"] = verdict.get("gpus") or []
     state["referee"]["container_id"] = (verdict.get("container") or {}).get("id")

@@ -25,8 +25,8 @@ def remove(containers: Sequence[Mapping[str, Any]]) -> None:
     left = [found["name"] for found in container.find()]
     if left:
         raise Problem(
-            f"The container {' and '.join(left)} still exists on this host: "
-            f"{error or 'another program has created it again. Run the play again.'}"
+            f"Not removed from this host: the container {' and '.join(left)}. "
+            f"{error or 'Another program has created it again. Run the play again.'}"
         )
     for project in sorted({found["project"] for found in containers if found["project"]}):
         _remove_network(project)

@@ -243,7 +243,7 @@ def _check_options(arguments: Sequence[str]) -> Iterator[str]:
         for own, instead in _OWN_OPTIONS.items():
             # vLLM accepts unambiguous abbreviations of an option.
             if len(name) > 2 and own.startswith(name):
-                yield f"vllm_gpu_extra_args has {name}, which the role sets itself. {instead}."
+                yield f"vllm_gpu_extra_args has {name}, which is not allowed there. {instead}."
         if len(name) > 2 and _SERVED_NAME.startswith(name) and name != _SERVED_NAME:
             yield f"vllm_gpu_extra_args has {name}. Write {_SERVED_NAME} in full, as the role reads it."
         for spread, short in _ONE_GPU.items():

@@ -129,7 +129,7 @@ def test_rollback(host: GpuHost) -> None:
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"vllm_gpu_model": "/models/nowhere"}, "there is no /srv/models/nowhere"),
+        ({"vllm_gpu_model": "/models/nowhere"}, "/srv/models/nowhere does not exist"),
         # This is real vLLM's message with HF_HUB_OFFLINE, which the image sets.
         ({"vllm_gpu_model": "acme/does-not-exist"}, "Cannot find an appropriate cached snapshot folder"),
         ({"vllm_gpu_extra_args": ["--no-such-flag"]}, "unrecognized arguments: --no-such-flag"),

@@ -319,6 +319,6 @@ def test_every_page_names_the_oldest_supported_versions(page: str) -> None:
     assert re.search(rf"(플러그인|plugin)[ |(]+{re.escape(docker.OLDEST_COMPOSE)}\b", text)
 
 
-def test_the_phases_that_a_roll_out_tells_by_are_modules_of_the_collection() -> None:
+def test_the_phases_of_a_rollout_are_modules_of_the_collection() -> None:
     modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
     assert PHASE_OF.keys() - modules == {"command"}

@@ -90,9 +90,9 @@ def test_vllm_gpu_hosts_in_the_inventory_is_refused(tmp_path: Path) -> None:
 
 def test_an_inventory_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     """Even where another one has hosts: a misspelt -i must not leave half of the fleet out."""
-    code, said = play(ROOT / "playbooks/verify.yml", HOSTS, tmp_path, "-i", "nowhere.yml", "--list-hosts")
+    code, output = play(ROOT / "playbooks/verify.yml", HOSTS, tmp_path, "-i", "nowhere.yml", "--list-hosts")
     assert code != 0
-    assert "nowhere.yml" in said
+    assert "nowhere.yml" in output
 
 
 def test_a_syntax_check_needs_no_inventory(tmp_path: Path) -> None:

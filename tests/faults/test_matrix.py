@@ -326,7 +326,7 @@ ROWS = [
     Row("bad model, and both cards were divided into MIG instances meanwhile", "acme/does-not-exist is not a local folder and is not a valid model identifier", other_cards(divide_both), variables={"vllm_gpu_model": "acme/does-not-exist", "vllm_gpu_force": "drift,mig"}, cure=simulate("cards", str(CARDS))),
     Row("card lost from the container's view", r"(?s)runs on GPU 0 .{0,120}and on no other", fault("lost_card=vllm-server"), variables={"gpu_device_id": "0"}, run=served_then_seen, succeeds=True),
     Row("an API key with a $ in it", SUCCESS, variables={"vllm_gpu_api_key": f"pa$word-{PLANTED}"}, serves="1", changed=".env", succeeds=True),
-    Row("an option in the extra arguments that the role sets itself", "has --port, which the role sets itself. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
+    Row("an option in the extra arguments that the role sets itself", "has --port, which is not allowed there. Use vllm_gpu_port", variables={"vllm_gpu_extra_args": ["--port", "8001"]}),
     Row("extra arguments that Compose would cut off", "Compose splits vllm_gpu_extra_args", variables={"vllm_gpu_extra_args": "--seed 3; --max-model-len 512"}),
     Row("extra arguments that -e cuts off", '"--max-model-len 512" was given with -e, but belongs to no variable', run=lambda host, _: host.play("serve.yml", gpu_device_id=1, vllm_gpu_extra_args="--enforce-eager --max-model-len 512")),
     Row("port 0", "vllm_gpu_port is 0; it must be a whole number from 1 to 65535", variables={"vllm_gpu_port": 0}),
@@ -352,7 +352,7 @@ ROWS = [
     Row("bad model, and the Docker Engine restarts while the old server is restored", "serves as before: Qwen/Qwen3-0.6B on GPU 0", variables=NOWHERE, run=while_it_runs(RESTORING, docker_away)),
     Row("card set aside for training", "GPU 1 .*is set aside for training", variables={"vllm_gpu_training_gpus": "0000:05:00.0, 1"}),
     Row("listening beyond loopback without a key", "would listen on 0.0.0.0:8000 without a key", variables={"vllm_gpu_bind_address": "0.0.0.0"}),
-    Row("a model path that doesn't exist", "is not on this host: there is no /srv/models/tiny", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
+    Row("a model path that doesn't exist", "is not on this host: /srv/models/tiny does not exist", on_host("mkdir -p /srv/models"), variables={"vllm_gpu_models": "/srv/models", "vllm_gpu_model": "/models/tiny"}),
     Row("a cache directory that doesn't exist", "There is no directory /srv/nowhere on this host", variables={"vllm_gpu_hf_cache": "/srv/nowhere"}),
 ]  # fmt: skip
 
