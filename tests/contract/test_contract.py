@@ -20,6 +20,7 @@ from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
     container,
     docker,
     dotenv,
+    gpus,
     settings,
     shell,
 )
@@ -317,6 +318,16 @@ def test_every_page_names_the_oldest_supported_versions(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert re.search(rf"(Engine|엔진)[ |]+{re.escape(docker.OLDEST_ENGINE)}\b", text)
     assert re.search(rf"(플러그인|plugin)[ |(]+{re.escape(docker.OLDEST_COMPOSE)}\b", text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0", "12", "007", "all", "0,1", " 1", "GPU-5090a1c4", "gpu-5090A1C4", "mig-5090a1c4", "01:00.0", "00000000:0A:00.0"],
+)  # fmt: skip
+def test_the_role_and_the_referee_take_the_same_ids(name: str) -> None:
+    referee = [str(ROOT / "scripts/check_gpu_allocation.sh"), "--json", "--expect", gpus.as_listed(name)]
+    done = subprocess.run(referee, capture_output=True, text=True, check=False)
+    assert (json.loads(done.stdout)["cause"] != "usage") == bool(gpus.canonical(name))
 
 
 def test_the_phases_of_a_rollout_are_modules_of_the_collection() -> None:

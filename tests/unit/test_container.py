@@ -26,6 +26,13 @@ def test_there_is_no_container(docker: Docker) -> None:
     assert container.environment(None) == {}
 
 
+def test_a_container_that_vanishes_while_it_is_read(monkeypatch: pytest.MonkeyPatch, docker: Docker) -> None:
+    docker("c1")
+    monkeypatch.setattr(container, "inspect", lambda _name: None)
+    with pytest.raises(shell.Problem, match="another program is changing it"):
+        container.find()
+
+
 def test_a_container(docker: Docker) -> None:
     docker(json.dumps([RAW]))
     raw = container.inspect()

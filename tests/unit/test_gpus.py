@@ -45,7 +45,7 @@ def test_any_other_text_is_refused(requested: str) -> None:
 
 @pytest.mark.parametrize(
     "requested",
-    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "True", "\uff11", "1\uff11", "²", "9" * 400, "1\x00", "$(id)"],
+    ["01", " 1", "1 ", "1\n", "1.0", "0,1", "-1", "all", "", "True", "\uff11", "1\uff11", "²", "9" * 400, "1\x00", "$(id)"],
 )  # fmt: skip
 def test_texts_that_are_not_ids(requested: str) -> None:
     assert "which is not the id of one GPU" in refused(requested)

@@ -104,7 +104,9 @@ def test_a_foreign_container_is_refused_by_name(
 
 def test_a_server_that_could_not_be_removed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     engine(monkeypatch, OURS, stuck=True)
-    with pytest.raises(shell.Problem, match=r"container vllm-server still exists.*device or resource busy"):
+    with pytest.raises(
+        shell.Problem, match=r"Not removed .*the container vllm-server\. device or resource busy"
+    ):
         removal.remove(containers.find())
 
 
