@@ -12,11 +12,7 @@ TEMPORARY = ".vllm_gpu."
 
 
 def write(
-    path: str,
-    content: bytes,
-    mode: int,
-    owner: tuple[int, int] | None = None,
-    modified: int | None = None,
+    path: str, content: bytes, mode: int, owner: tuple[int, int] | None = None, modified: int | None = None
 ) -> None:
     """Write a file completely, or raise OSError and leave it as it was; a link's target is replaced.
 

@@ -85,9 +85,7 @@ def main() -> None:
         who = lease.get("who", "another play")
         if params["again"] and lease.get("run") != run:
             module.fail_json(
-                run=run,
-                held_by=who,
-                msg=f"{who} has taken this host's lock, because this play had stalled.",
+                run=run, held_by=who, msg=f"{who} has taken this host's lock, because this play had stalled."
             )
         seen.add((str(lease.get("run")), float(lease.get("renewed", 0))))
         if len(seen) > _ALIVE:

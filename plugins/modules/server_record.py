@@ -121,12 +121,7 @@ def restore(module: AnsibleModule, directory: str) -> dict[str, Any]:
     # First, as it may fail: without the image, the files are of no use.
     moved = restore_image(module, proven)
     restored = restore_files(module, directory, proven)
-    return {
-        "changed": bool(restored) or moved,
-        "found": True,
-        "record": proven.record,
-        "restored": restored,
-    }
+    return {"changed": bool(restored) or moved, "found": True, "record": proven.record, "restored": restored}
 
 
 def main() -> None:

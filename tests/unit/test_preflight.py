@@ -146,10 +146,7 @@ def test_drift(last: dict[str, Any], gpu_device_id: str | None, force: list[str]
     ("address", "key", "passes"), [("127.0.0.1", "", True), ("0.0.0.0", "", False), ("0.0.0.0", "k", True)]
 )
 def test_exposure(address: str, key: str, passes: bool) -> None:  # noqa: FBT001
-    service = {
-        "port": {"published": "8000", "host_ip": address},
-        "environment": {"VLLM_API_KEY": key},
-    }
+    service = {"port": {"published": "8000", "host_ip": address}, "environment": {"VLLM_API_KEY": key}}
     assert (preflight.check_exposure(context(**service)) is None) == passes
     assert preflight.check_exposure(context(**service, force=["exposure"])) is None
 

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.mlops.vllm_gpu.plugins.module_utils import (
-    compose,
-    leftovers,
-    record,
-    removal,
-    shell,
-)
+from ansible_collections.mlops.vllm_gpu.plugins.module_utils import compose, leftovers, record, removal, shell
 from ansible_collections.mlops.vllm_gpu.plugins.module_utils import container as containers
 from ansible_collections.mlops.vllm_gpu.plugins.modules import server_removed
 from hypothesis import given

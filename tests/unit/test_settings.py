@@ -236,8 +236,7 @@ def test_values_of_the_environment_that_are_not_text(variable: str, value: objec
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"AWS_SECRET_ACCESS_KEY": "S3CRETpw-01"}, {"HTTPS_PROXY": "http://u:S3CRETpw@proxy:3128"}],
+    "environment", [{"AWS_SECRET_ACCESS_KEY": "S3CRETpw-01"}, {"HTTPS_PROXY": "http://u:S3CRETpw@proxy:3128"}]
 )
 def test_a_secret_must_be_among_the_secrets(environment: dict[str, str]) -> None:
     (name,), problem = environment, only(server_env=environment)
