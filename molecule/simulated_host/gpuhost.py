@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from hosts import Host, all_hosts, inventory, start
@@ -57,20 +57,14 @@ def command_ssh(options: argparse.Namespace) -> None:
     os.execvp(command[0], [*command, *options.command])  # noqa: S606
 
 
-def fault_settings(words: list[str], known: Collection[str]) -> dict[str, str]:
-    """Return the faults that the command line sets."""
-    settings = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in known:
-            raise HostError(f"{word}: not KEY=VALUE with one of the keys {', '.join(known)}")
-        settings[key] = value
-    return settings
-
-
 def command_fault(options: argparse.Namespace) -> None:
     """Make a host misbehave, end that, or print its faults."""
-    settings = fault_settings(options.settings, FAULTS)
+    settings = {}
+    for word in options.settings:
+        key, equals, value = word.partition("=")
+        if not equals or key not in FAULTS:
+            raise HostError(f"{word}: not KEY=VALUE with one of the keys {', '.join(FAULTS)}")
+        settings[key] = value
     if options.clear:
         settings = dict.fromkeys(set(FAULTS) - {"lost_card"}, "") | settings
     print(json.dumps(Host(options.name).fault(settings)))

@@ -225,7 +225,7 @@ class Bench:
             counted = dict(Counter(outcomes.values()))
             sys.exit(f"these are not the expected outcomes: {counted}\n{(HERE / 'log').read_text()}")
         for name in names:
-            used = [bool(card["used_mib"]) for card in self.fleet.state(name)["cards"]]
+            used = [bool(card.used_mib) for card in self.fleet.cards(name)]
             if used.index(True) != self.gpu or used.count(True) != 1:
                 sys.exit(f"{name} isn't on GPU {self.gpu} only: {used}")
 

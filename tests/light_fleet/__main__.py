@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from gpuhost import fault_settings
 from machine import ROOT, HostError
 
 import tests.light_fleet
 from tests.light_fleet.fleet import FIRST_PORT, Fleet
-from tests.light_fleet.host import FAULTS
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,12 +23,6 @@ def run(options: argparse.Namespace) -> None:
                 fleet.down()
         case "inventory":
             print(fleet.inventory(options.names or fleet.names), end="")
-        case "fault":
-            settings = fault_settings(options.settings, FAULTS)
-            for name in fleet.names if options.name == "all" else [options.name]:
-                print(name, json.dumps(fleet.fault(name, settings)))
-        case "state":
-            print(json.dumps(fleet.state(options.name), indent=2))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,12 +37,6 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("down", help="stop it, and remove all hosts")
     listing = commands.add_parser("inventory", help="print an Ansible inventory of the hosts in YAML")
     listing.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    keys = "keys:\n" + "\n".join(f"  {key:<12} {text}" for key, text in FAULTS.items())
-    fault = commands.add_parser("fault", help="make hosts misbehave", epilog=keys, formatter_class=raw)
-    fault.add_argument("name", metavar="NAME", help="or all")
-    fault.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="an empty value ends the fault")
-    state = commands.add_parser("state", help="print a host's containers, images, cards and faults")
-    state.add_argument("name", metavar="NAME")
     return top
 
 

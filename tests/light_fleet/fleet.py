@@ -14,13 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hosts import own
 from machine import HERE, PLUGIN, ROOT, HostError
 
-from tests.light_fleet.cards import Driver, read_json, write_json
-from tests.light_fleet.host import Host
+from tests.light_fleet.cards import Card, Driver, read_json, write_json
 
 FIRST_PORT = 20000
 NVIDIA_SMI = f"""#!{sys.executable} -I
@@ -132,22 +130,13 @@ class Fleet:
             lines.append(f"    {name}: {{ansible_python_interpreter: {python}, vllm_gpu_port: {port}}}")
         return "\n".join(lines) + "\n"
 
-    def fault(self, name: str, settings: dict[str, str]) -> dict[str, str]:
-        """Set faults of the host; an empty value ends one."""
+    def fault(self, name: str, settings: dict[str, str]) -> None:
+        """Set `crash` (a card's index, or any) or `start_delay` (seconds); an empty value ends it."""
         file = self.path(name) / "faults.json"
-        faults = {key: value for key, value in {**read_json(file), **settings}.items() if value}
-        write_json(file, faults)
-        return faults
+        write_json(file, {key: value for key, value in {**read_json(file), **settings}.items() if value})
 
-    def state(self, name: str) -> dict[str, Any]:
-        host = Host(self.path(name))
-        cards = Driver(host.directory).cards
-        return {
-            "images": host.images,
-            "containers": [box.document() for box in host.containers],
-            "faults": read_json(host.directory / "faults.json"),
-            "cards": [{"index": card.index, "uuid": card.uuid, "used_mib": card.used_mib} for card in cards],
-        }
+    def cards(self, name: str) -> list[Card]:
+        return Driver(self.path(name)).cards
 
 
 def make(directory: Path, port: int) -> None:

@@ -20,11 +20,6 @@ from tests.light_fleet.cards import Card, Driver, read_json, write_json
 from tests.light_fleet.container import PROCESSES, Container
 from tests.light_fleet.http import Reply, Request, serve
 
-FAULTS = {
-    "crash": "servers on this card (index, or any) crash while they start",
-    "start_delay": "seconds from a server's start until it answers",
-}
-
 
 class RefusedError(Exception):
     """The engine refuses a call, with this message and HTTP status."""

@@ -28,13 +28,11 @@ class Reply(NamedTuple):
     def bytes(self) -> bytes:
         body = self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
         kind = "application/octet-stream" if isinstance(self.body, bytes) else "application/json"
-        length = (
-            f"Content-Length: {len(body)}" if self.status != 101 else "Connection: Upgrade\r\nUpgrade: tcp"
-        )
+        ends = "Connection: Upgrade\r\nUpgrade: tcp" if self.status == 101 else f"Content-Length: {len(body)}"
         head = (
             f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\nApi-Version: 1.41\r\nOstype: linux"
         )
-        return f"{head}\r\nContent-Type: {kind}\r\n{length}\r\n\r\n".encode() + body
+        return f"{head}\r\nContent-Type: {kind}\r\n{ends}\r\n\r\n".encode() + body
 
 
 async def read(reader: asyncio.StreamReader) -> Request:
@@ -59,10 +57,8 @@ def serve(
                 reply = await answer(request)
                 if reply is None:
                     break
-                sent = reply.bytes()
-                writer.write(
-                    sent if request.method != "HEAD" else sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-                )
+                head, gap, body = reply.bytes().partition(b"\r\n\r\n")
+                writer.write(head + gap + (b"" if request.method == "HEAD" else body))
                 await writer.drain()
                 if reply.status == 101 or request.headers.get("connection") == "close":
                     break
