@@ -2,9 +2,9 @@
 
 Each row starts on a host with a proven server on GPU 0 and requests GPU 1 while
 something is wrong. It names what the play must report, the card that must serve
-afterwards, and which of the service's files may have changed. After a play that
-failed the container must be as it was, too. Once the fault is cured, a plain run
-must always bring the requested server up.
+afterwards, and which of the service's files may have changed. A refusal must leave
+everything untouched. After any other failure the server must be as it was, and once
+the fault is cured, a plain run must bring the requested server up.
 """
 
 from __future__ import annotations
@@ -365,6 +365,15 @@ def digests(host: GpuHost) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in listing.splitlines())
 
 
+def untouched(host: GpuHost) -> tuple[str, ...]:
+    """All that a refusal must leave: files with their inodes and times, the container, the lock."""
+    return (
+        host.files(),
+        host.container(),
+        host.ssh.run("stat -c '%i %Z' /run/vllm_gpu.lock; cat /run/vllm_gpu.lock").stdout,
+    )
+
+
 def differing(before: dict[str, str], after: dict[str, str]) -> str:
     return " ".join(sorted(name for name, digest in after.items() if digest != before.get(name)))
 
@@ -374,12 +383,13 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     host = started
     host.restore()
     row.prepare(host)
-    before, everything, made = digests(host), (host.files(), host.container()), host.made_from()
+    before, everything, made = digests(host), untouched(host), host.made_from()
 
     result = row.run(host, row.variables)
     changed = differing(before, digests(host))
-    if "was left as it is, because" in result.output:
-        assert (host.files(), host.container()) == everything
+    refused = "was left as it is, because" in result.output
+    if refused:
+        assert untouched(host) == everything
     if not row.succeeds:
         (ending,) = re.findall(ENDS, result.output)[:1] or ["none"]
         # What could not be restored yet is kept for the next play.
@@ -402,9 +412,9 @@ def test_fault(started: GpuHost, matrix: list[str], row: Row) -> None:
     if re.search("serves as before|is as it was before", result.output):
         assert host.made_from() == made
 
-    # Running the play again is all that is needed.
+    # Running the play again is all that is needed; where nothing was touched, it was shown before.
     host.cure()
-    if not row.succeeds:
+    if not row.succeeds and not refused:
         gpu = "1" if serves != "0" or changed else "0"
         host.serve(gpu_device_id=gpu)
         assert host.served_gpu() == gpu
