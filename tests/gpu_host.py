@@ -139,8 +139,11 @@ class GpuHost:
         return json.dumps(made, indent=1, sort_keys=True).replace(": null", ": []")
 
     def files(self) -> str:
-        """Every file of the service with its inode, times and checksum."""
-        listing = "find . -printf '%p %i %m %C@ %l\\n' | sort && find . -type f -exec md5sum {} +"
+        """Every file of the service with its inode, times and checksum; a directory's times change with temporary files."""
+        listing = (
+            "find . -type d -printf '%p %i %m\\n' -o -printf '%p %i %m %C@ %l\\n' | sort && "
+            "find . -type f -exec md5sum {} +"
+        )
         return str(self.ssh.run(f"cd {DIRECTORY} 2>/dev/null && {listing}").stdout)
 
     def served_gpu(self) -> str:
