@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -37,9 +38,7 @@ class LightHost:
         self.port = read_json(self.directory / "host.json")["port"]
         self.project = self.directory / "opt/vllm-gpu"
 
-    def run(
-        self, script: str, stdin: str = "", become: Sequence[str] = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, stdin: str = "", become: Sequence[str] = ()) -> CompletedProcess[str]:
         """Run a shell script on the host; its output includes standard error."""
         program = "import os, sys; os.execv('/bin/bash', ['bash', '-c', sys.argv[1]])"
         words = [*become, str(self.directory / "python3"), "-I", "-S", "-c", program, f"exec 2>&1; {script}"]
@@ -335,16 +334,16 @@ def test_the_role_changes_proves_and_restores(fleet: Fleet, tmp_path: Path) -> N
     def serve(gpu: int, *arguments: str) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        request = ["serve.yml", "-e", f"gpu_device_id={gpu}", *arguments]
-        done = subprocess.run(
-            ["ansible-playbook", "-i", str(inventory), *request],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        play = [
+            "ansible-playbook",
+            "-i",
+            str(inventory),
+            "serve.yml",
+            "-e",
+            f"gpu_device_id={gpu}",
+            *arguments,
+        ]
+        done = subprocess.run(play, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         recap = re.findall(r"^(light-\d+) +: ok=\d+ +(changed=\d+).*(failed=\d+)", done.stdout, re.MULTILINE)
         assert recap, done.stdout + done.stderr
         return {name: f"{changed} {failed}" for name, changed, failed in recap}
