@@ -300,9 +300,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sizes", default="1 10 100 1000", help="numbers of hosts")
-    parser.add_argument(
-        "--middle", type=int, default=12, help="number of hosts for the choices; 0 leaves them out"
-    )
+    parser.add_argument("--middle", type=int, default=12, help="hosts for the choices; 0 leaves them out")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each choice")
     parser.add_argument("--play", help=argparse.SUPPRESS)
     options = parser.parse_args()

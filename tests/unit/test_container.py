@@ -39,12 +39,8 @@ def test_a_container(docker: Docker) -> None:
     assert raw == RAW
     found = container.describe(RAW)
     assert found["requested"] == ["1"]
-    assert [found[key] for key in ("health", "health_output", "stop_timeout", "restarts")] == [
-        None,
-        "",
-        10,
-        2,
-    ]
+    keys = ("health", "health_output", "stop_timeout", "restarts")
+    assert [found[key] for key in keys] == [None, "", 10, 2]
     assert "b=c" not in str(found)
     assert container.environment(raw) == {"A": "b=c", "EMPTY": "", "ODD": ""}
 

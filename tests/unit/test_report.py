@@ -104,10 +104,8 @@ def test_junit_has_a_case_for_each_host() -> None:
         case = cases[host["name"]]
         failure, skipped = case.find("failure"), case.find("skipped")
         wave = f"wave {host['wave']}" if host["wave"] else "no wave"
-        assert (case.get("classname"), float(case.get("time", ""))) == (
-            f"rollout.{wave}",
-            host["seconds"] or 0,
-        )
+        expected = (f"rollout.{wave}", host["seconds"] or 0)
+        assert (case.get("classname"), float(case.get("time", ""))) == expected
         assert (skipped is not None) == (host["outcome"] == "untouched")
         assert (failure is not None) == (
             host["outcome"] in {"failed", "rolled_back", "unreachable", "refused"}
