@@ -191,7 +191,7 @@ def served_then_healthy(host: GpuHost, variables: dict[str, object]) -> Result:
 
 def served_then_seen(host: GpuHost, variables: dict[str, object]) -> Result:
     """The play; afterwards the container sees its card, which it didn't before."""
-    inside = "docker exec vllm-server nvidia-smi -L"
+    inside = "docker exec vllm-server nvidia-smi -L || false"  # 255 would mean to testinfra that SSH failed
     assert host.ssh.run(inside).rc != 0
     result = play(host, variables)
     assert host.ssh.run(inside).rc == 0, result.output
