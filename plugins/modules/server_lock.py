@@ -35,7 +35,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 run: {returned: always, type: str, description: The name of the play that holds the lock.}
-held_by: {returned: when another play does, or has had it since, type: str, description: Who holds the lock.}
+held_by: {returned: "when another play does, or has had it since", type: str, description: Who holds the lock.}
 waited: {returned: always, type: int, description: Seconds waited for the lock of a play that was killed.}
 """
 
