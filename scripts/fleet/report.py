@@ -128,7 +128,7 @@ def as_html(report: Mapping[str, Any]) -> bytes:
     )
     counts = Counter(host["outcome"] for host in report["hosts"])
     timelines = list(_timelines(report))
-    drawn = {part.phase for timeline in timelines for bar in timeline.bars for part in bar.segments}
+    drawn = {part.phase for timeline in timelines for row in timeline.bars for part in row.segments}
     down = [host for host in report["hosts"] if host["downtime_s"]]
     page = environment.get_template("report.html.j2").render(
         report=report,
