@@ -50,9 +50,9 @@ def interrupted(project_dir: str) -> list[str]:
     return leftovers(project_dir) + ([before] if os.path.lexists(before) else [])
 
 
-def remove(paths: list[str]) -> None:
+def remove(found: list[str]) -> None:
     """Remove files, links and directories; missing ones are ignored."""
-    for path in paths:
+    for path in found:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         elif os.path.lexists(path):
